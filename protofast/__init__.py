@@ -1,0 +1,57 @@
+"""protofast: fused kernels and three systems for prototype-based and post-hoc explanation of generative models."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from . import _ops, backends
+from ._backend import BackendInfo, BackendUnavailableError, backend_info, use_backend
+from .ddim import DDIMSchedule, DDIMStep, ddim_inverse_step, ddim_step
+from .prototype import (
+    PrototypeActivation,
+    PrototypeDistance,
+    prototype_activation,
+    prototype_distance,
+    prototype_map,
+)
+from .selection import Selection, farthest_pair, k_center, k_dispersion, k_medoids
+
+if TYPE_CHECKING:
+    from . import data, diffusion, pxgen, selection
+
+_LAZY = ("data", "diffusion", "pxgen")  # their imports cost time that `import protofast` must not pay
+
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        return importlib.import_module(f".{name}", __name__)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("protofast")
+    raise AttributeError(f"module 'protofast' has no attribute {name!r}")
+
+
+__all__ = [
+    "BackendInfo",
+    "BackendUnavailableError",
+    "DDIMSchedule",
+    "DDIMStep",
+    "PrototypeActivation",
+    "PrototypeDistance",
+    "Selection",
+    "backend_info",
+    "data",
+    "ddim_inverse_step",
+    "ddim_step",
+    "diffusion",
+    "farthest_pair",
+    "k_center",
+    "k_dispersion",
+    "k_medoids",
+    "prototype_activation",
+    "prototype_distance",
+    "prototype_map",
+    "pxgen",
+    "selection",
+    "use_backend",
+]

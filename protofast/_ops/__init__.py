@@ -1,0 +1,55 @@
+"""The one place that owns every op: schema, fake (meta) kernel and autograd formula.
+
+An op ``name`` has one overload per backend, ``torch.ops.protofast.name.reference`` and so on. All share the
+schema, fake kernel and gradient given here; a backend only registers kernels with `implement`. Choosing a
+backend is choosing an overload, so it costs no second dispatch and shows in a traced graph.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+NAMESPACE = "protofast"
+BACKENDS = ("reference", "native", "triton")
+
+SCHEMAS: dict[str, str] = {}
+KERNELS: dict[str, dict[str, set[str]]] = {}
+"""op -> backend -> device types that have a kernel ("default" means any)."""
+
+UNAVAILABLE: dict[str, str] = {}
+"""backend -> why it could not be loaded, and the cure. Filled while the backends are imported."""
+
+
+def define(
+    name: str,
+    schema: str,
+    fake: Callable[..., Any],
+    *,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> None:
+    """Declares op `name` for every backend."""
+    SCHEMAS[name] = schema
+    KERNELS[name] = {}
+    for backend in BACKENDS:
+        qualname = f"{NAMESPACE}::{name}.{backend}"
+        torch.library.define(qualname, schema)
+        torch.library.register_fake(qualname, fake)
+        if backward is not None:
+            torch.library.register_autograd(qualname, backward, setup_context=setup_context)
+
+
+def implement(name: str, backend: str, devices: Iterable[str], kernel: Callable[..., Any]) -> None:
+    """Registers `kernel` of a Python backend for op `name` on `devices` ("cpu", "cuda" or "default")."""
+    for device in devices:
+        torch.library.impl(f"{NAMESPACE}::{name}.{backend}", device, kernel)
+    implemented(name, backend, devices)
+
+
+def implemented(name: str, backend: str, devices: Iterable[str]) -> None:
+    """Records kernels that a compiled library has registered itself."""
+    KERNELS[name].setdefault(backend, set()).update(devices)
+
+
+from . import ddim, prototype, selection  # noqa: E402,F401

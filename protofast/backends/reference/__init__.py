@@ -1,0 +1,5 @@
+"""The reference: plain torch, the direct form in float64. The fallback on any device, and what tests compare with."""
+
+from . import ddim, prototype, selection
+
+__all__ = ["ddim", "prototype", "selection"]

@@ -1,0 +1,1 @@
+"""The Triton backend. Triton itself is imported at a kernel's first call."""

@@ -1,0 +1,2 @@
+"""Placeholder."""
+PrototypeActivation = PrototypeDistance = prototype_activation = prototype_distance = prototype_map = None
