@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +50,9 @@ class DDIMSchedule:
             raise ValueError(f"alphas_cumprod has shape {tuple(alphas.shape)}; give a non-empty vector (T,)")
         table = torch.cat([torch.tensor([float(final_alpha_cumprod)], dtype=torch.float64), alphas])
         if not bool(((table >= 0) & (table <= 1)).all()):
-            raise ValueError("alphas_cumprod and final_alpha_cumprod must lie in [0, 1]; a value outside (or NaN) was given")
+            raise ValueError(
+                "alphas_cumprod and final_alpha_cumprod must lie in [0, 1]; a value outside (or NaN) was given"
+            )
         self._values: list[float] = table.tolist()
         self._tables: dict[torch.device, tuple[Tensor, tuple[Tensor, ...]]] = {}
         self._on(torch.device("cpu"))
@@ -85,7 +88,9 @@ class DDIMSchedule:
         """The schedule of a diffusers scheduler (one with ``alphas_cumprod``)."""
         alphas = getattr(scheduler, "alphas_cumprod", None)
         if alphas is None:
-            raise TypeError(f"scheduler is a {type(scheduler).__name__}, which has no alphas_cumprod; give a DDIM or DDPM scheduler")
+            raise TypeError(
+                f"scheduler is a {type(scheduler).__name__}, which has no alphas_cumprod; give a DDIM or DDPM scheduler"
+            )
         return cls(alphas, float(getattr(scheduler, "final_alpha_cumprod", 1.0)))
 
     def __len__(self) -> int:
@@ -103,8 +108,9 @@ class DDIMSchedule:
         """The table with timestep −1 first, and a 0-d tensor of every timestep, on `device`."""
         found = self._tables.get(device)
         if found is None:
-            table = torch.tensor(self._values, dtype=torch.float64, device=device)
-            found = table, torch.arange(-1, len(self), device=device).unbind()
+            with torch.inference_mode(False):  # a table made in inference mode could never serve a gradient
+                table = torch.tensor(self._values, dtype=torch.float64, device=device)
+                found = table, torch.arange(-1, len(self), device=device).unbind()
             self._tables[device] = found
         return found
 
@@ -177,7 +183,7 @@ def ddim_step(
     cond_output = None
     if guidance_scale is not None:
         model_output, cond_output = _pair(model_output, sample)
-    elif isinstance(model_output, tuple):
+    elif isinstance(model_output, (tuple, list)):
         raise TypeError("model_output is a pair, which only guidance_scale takes; give one tensor, or the scale")
     _match("model_output", model_output, sample)
     if cond_output is not None:
@@ -193,14 +199,15 @@ def ddim_step(
     if clip_range is None:
         low, high = -math.inf, math.inf
     else:
-        low, high = (-clip_range, clip_range) if isinstance(clip_range, (int, float)) else clip_range
-        if not low <= high:
-            raise ValueError(f"clip_range is {clip_range}; the lower end must not lie above the upper")
+        ends = tuple(clip_range) if isinstance(clip_range, (tuple, list)) else (-clip_range, clip_range)
+        if not (len(ends) == 2 and ends[0] <= ends[1]):
+            raise ValueError(f"clip_range is {clip_range}; give c >= 0 or (low, high) with low <= high")
+        low, high = float(ends[0]), float(ends[1])
     table, steps = schedule._on(sample.device)
     kind = PREDICTION_TYPES[prediction_type]
     now = _timestep("timestep", timestep, steps, sample)
     prev = _timestep("prev_timestep", prev_timestep, steps, sample)
-    if isinstance(timestep, int):
+    if not (isinstance(timestep, Tensor) or torch.compiler.is_compiling()):
         alpha = schedule._values[timestep + 1]
         if alpha == 0 and prediction_type == "epsilon":
             raise ValueError(
@@ -238,16 +245,16 @@ def ddim_step(
     if out is None:
         result = overload("ddim_step", device, backend)(*inputs)
         return DDIMStep(*result) if wide == dtype else DDIMStep(*(r.to(dtype) for r in result))
-    prev_out, x0_out = out if isinstance(out, tuple) else (out, None)
-    for name, tensor in (("out", prev_out), ("out[1]", x0_out)):
-        if tensor is not None and (tensor.shape != sample.shape or tensor.dtype != wide or tensor.device != sample.device):
-            raise ValueError(
-                f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; it must be {wide} "
-                f"{tuple(sample.shape)} on {sample.device}"
-            )
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (sample, *given)):
+    prev_out, x0_out = _outputs(out, sample)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (sample, *given, *_there(prev_out, x0_out))):
         raise ValueError("out= cannot be used where a gradient is needed; leave it out, or use torch.no_grad()")
-    overload("ddim_step_out", device, backend)(*inputs, prev_sample=prev_out, pred_original_sample=x0_out)
+    if wide == dtype and not _tangled(_there(prev_out, x0_out), _there(*inputs[:4])):
+        overload("ddim_step_out", device, backend)(*inputs, prev_sample=prev_out, pred_original_sample=x0_out)
+    else:
+        result = overload("ddim_step", device, backend)(*inputs)
+        prev_out.copy_(result[0])
+        if x0_out is not None:
+            x0_out.copy_(result[1])
     return DDIMStep(prev_out, x0_out)
 
 
@@ -315,6 +322,58 @@ def _match(name: str, tensor: Tensor, sample: Tensor) -> None:
         raise TypeError(f"{name} is {tensor.dtype}; give floating point")
 
 
+def _outputs(out: Tensor | tuple[Tensor, Tensor], sample: Tensor) -> tuple[Tensor, Tensor | None]:
+    pair = tuple(out) if isinstance(out, (tuple, list)) else (out,)
+    if len(pair) not in (1, 2):
+        raise ValueError(
+            f"out has {len(pair)} parts; give prev_sample, or the pair (prev_sample, pred_original_sample)"
+        )
+    for name, tensor in zip(("out", "out[1]"), pair, strict=False):
+        if tensor.shape != sample.shape or tensor.dtype != sample.dtype or tensor.device != sample.device:
+            raise ValueError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; it must be {sample.dtype} "
+                f"{tuple(sample.shape)} on {sample.device}, as the sample is"
+            )
+        if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+            raise ValueError(f"{name} is expanded (stride 0), so its elements share memory; give it memory of its own")
+    if len(pair) == 1:
+        return pair[0], None
+    if not torch.compiler.is_compiling():
+        (first, end), (other_first, other_end) = _span(pair[0]), _span(pair[1])
+        # Where one is strided they may be interleaved, which is fine, unless both begin in the same place.
+        dense = end - first == other_end - other_first == sample.numel() * sample.element_size()
+        if first == other_first != end or (dense and first < other_end and other_first < end):
+            raise ValueError("out[0] and out[1] share memory; give two tensors")
+    return pair[0], pair[1]
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The first address of a tensor, and the one after its last."""
+    first = tensor.data_ptr()
+    if tensor.numel() == 0:
+        return first, first
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return first, first + (last + 1) * tensor.element_size()
+
+
+def _there(*tensors: Tensor | None) -> list[Tensor]:
+    return [t for t in tensors if t is not None]
+
+
+def _tangled(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
+    """Whether writing an output might change an input before it is read. Elements in the same places are safe."""
+    if torch.compiler.is_compiling():  # functionalization keeps them apart
+        return False
+    for o in outputs:
+        for t in inputs:
+            if t is o or (t.data_ptr() == o.data_ptr() and t.stride() == o.stride()):
+                continue
+            (first, end), (other_first, other_end) = _span(o), _span(t)
+            if first < other_end and other_first < end:
+                return True
+    return False
+
+
 def _timestep(name: str, value: int | Tensor, steps: tuple[Tensor, ...], sample: Tensor) -> Tensor:
     last = len(steps) - 2
     if isinstance(value, Tensor):
@@ -329,6 +388,10 @@ def _timestep(name: str, value: int | Tensor, steps: tuple[Tensor, ...], sample:
             if low < -1 or high > last:
                 raise IndexError(f"{name} has values from {int(low)} to {int(high)}; the schedule has -1 to {last}")
         return value if value.dtype == torch.int64 else value.long()
+    if not (isinstance(value, int) or hasattr(value, "__index__")):
+        raise TypeError(f"{name} is {value!r}; give an int or an integer tensor")
     if not -1 <= value <= last:
         raise IndexError(f"{name} is {value}; the schedule has -1 (the image) to {last}")
+    if torch.compiler.is_compiling():  # steps[value + 1] would compile anew for every timestep
+        return torch.full((), value, dtype=torch.int64, device=sample.device)
     return steps[value + 1]

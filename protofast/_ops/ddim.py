@@ -28,7 +28,7 @@ def coefficients(
     """
 
     def alpha(step: Tensor) -> Tensor:
-        row = step.long() + 1
+        row = step.long().reshape(-1) + 1  # one axis, because indexing by a 0-d tensor reads it on the host
         inside = (row >= 0) & (row < alphas_cumprod.numel())
         value = alphas_cumprod[row.clamp(0, alphas_cumprod.numel() - 1)]
         value = torch.where(inside, value, math.nan)
@@ -36,18 +36,20 @@ def coefficients(
 
     now, prev = alpha(timestep), alpha(prev_timestep)
     signal, spread = now.sqrt(), (1 - now).sqrt()
-    one, zero = torch.ones_like(now), torch.zeros_like(now)
+    zero = now * 0  # NaN where the timestep is outside the table
     if prediction_type == EPSILON:
-        a, b, c, d = 1 / signal, -spread / signal, zero, one
+        a, b, c, d = 1 / signal, -spread / signal, zero, zero + 1
     elif prediction_type == SAMPLE:
-        a, b, c, d = zero, one, 1 / spread, -signal / spread
+        a, b, c, d = zero, zero + 1, 1 / spread, -signal / spread
     else:
         a, b, c, d = signal, -spread, spread, signal
     if eta == 0:
         return a, b, c, d, prev.sqrt(), (1 - prev).sqrt(), torch.zeros_like(prev)
-    variance = (1 - prev) / (1 - now) * (1 - now / prev)
-    sigma = eta * variance.clamp(min=0).sqrt()
-    return a, b, c, d, prev.sqrt(), (1 - prev - sigma**2).sqrt(), sigma
+    # Eq. 16 and 1 - prev - sigma² in a form that cannot cancel or come out negative: added + kept = 1 for now <= prev.
+    added = ((prev - now) / (prev * (1 - now))).clamp(min=0)
+    kept = (now * (1 - prev) / (prev * (1 - now))).clamp(max=1)
+    sigma = eta * ((1 - prev) * added).sqrt()
+    return a, b, c, d, prev.sqrt(), ((1 - prev) * ((1 - eta) * (1 + eta) + eta * eta * kept)).sqrt(), sigma
 
 
 def _fake(sample: Tensor, *_: object) -> tuple[Tensor, Tensor]:

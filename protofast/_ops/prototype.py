@@ -1,10 +1,12 @@
 """Prototype distance (Chen et al. 2019, eq. 1): schemas, fake kernels and gradients.
 
 `metric` is an index into METRICS. A patch index is flat, row-major over the grid of valid windows; -1 marks "no
-patch" (all masked) and carries no gradient.
+patch" (all masked) and carries no gradient. A window is masked when any pixel of it is.
 """
 
+import itertools
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,48 +18,51 @@ SQEUCLIDEAN, EUCLIDEAN, COSINE, DOT = range(4)
 PRECISIONS = ("auto", "ieee", "tf32x3", "tf32", "bf16")
 
 
+def kernel_size(features: Tensor, prototypes: Tensor) -> list[int]:
+    """Window sizes along the spatial axes; prototypes of shape (P, D) are windows of one pixel."""
+    return list(prototypes.shape[2:]) or [1] * (features.ndim - 2)
+
+
 def patch_grid(features: Tensor, prototypes: Tensor) -> list[int]:
     """Sizes of the grid of valid, stride-1 windows."""
-    kernel = prototypes.shape[2:] or [1] * (features.ndim - 2)
-    return [s - k + 1 for s, k in zip(features.shape[2:], kernel, strict=True)]
+    return [s - k + 1 for s, k in zip(features.shape[2:], kernel_size(features, prototypes), strict=True)]
 
 
 def result_dtype(features: Tensor) -> torch.dtype:
     return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
-def patch_pixels(index: Tensor, sizes: list[int], kernel: list[int]) -> Tensor:
-    """Flat pixel numbers (..., prod(kernel)) that the windows at `index` cover."""
-    grid = [s - k + 1 for s, k in zip(sizes, kernel, strict=True)]
-    pixel = torch.zeros_like(index)[..., None]
-    rest, stride = index.clamp(min=0), 1
-    for size, width, cells in zip(reversed(sizes), reversed(kernel), reversed(grid), strict=True):
-        axis = (rest % cells)[..., None] + torch.arange(width, device=index.device)
-        pixel = (axis[..., :, None] * stride + pixel[..., None, :]).flatten(-2)
-        rest, stride = rest // cells, stride * size
-    return pixel
+def windows(grid: list[int], kernel: list[int]) -> Iterator[tuple[slice, ...]]:
+    """For each pixel of the window in row-major order, the slices of the features it takes as the window moves."""
+    for offset in itertools.product(*(range(k) for k in kernel)):
+        yield tuple(slice(o, o + g) for o, g in zip(offset, grid, strict=True))
 
 
-def patch_distance_grad(x: Tensor, p: Tensor, metric: int, dim: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """d(distance)/dx and d(distance)/dp of patches `x` against prototypes `p`, both reduced over `dim`."""
-    if metric == DOT:
-        return -p.expand_as(x), -x
-    if metric == COSINE:
-        nx, np = (v.square().sum(dim, keepdim=True).sqrt() for v in (x, p))
-        ux, up = (torch.where(n > 0, v / torch.where(n > 0, n, 1), 0) for v, n in ((x, nx), (p, np)))
-        cos = (ux * up).sum(dim, keepdim=True)
-        gx = torch.where(nx > 0, (cos * ux - up) / torch.where(nx > 0, nx, 1), 0)
-        gp = torch.where(np > 0, (cos * up - ux) / torch.where(np > 0, np, 1), 0)
-        return gx, gp
-    difference = x - p
-    if metric == EUCLIDEAN:
-        squared = difference.square().sum(dim, keepdim=True)
-        # The subgradient 0 at distance 0; the inner where keeps sqrt'(0) = inf out of second derivatives.
-        slope = torch.where(squared > 0, 1 / torch.where(squared > 0, squared, 1).sqrt(), 0)
-        # A NaN patch keeps its NaN: NaN > 0 is False.
-        slope = torch.where(squared.isnan(), math.nan, slope)
-        return difference * slope, -difference * slope
-    return 2 * difference, -2 * difference
+def patch_pixels(index: Tensor, sizes: list[int], kernel: list[int]) -> list[Tensor]:
+    """Coordinates along each axis of the prod(kernel) pixels in each window of `index`; adds a last axis for them."""
+    inside = torch.arange(math.prod(kernel), device=index.device)
+    rest, coordinates = index.clamp(min=0)[..., None], []
+    for size, width in zip(reversed(sizes), reversed(kernel), strict=True):
+        cells = size - width + 1
+        coordinates.append(rest % cells + inside % width)
+        rest, inside = rest // cells, inside // width
+    return coordinates[::-1]
+
+
+def _invert(value: Tensor) -> Tensor:
+    """1 / value, and 0 with zero derivatives at 0: the subgradient where a norm or distance is 0. NaN stays NaN."""
+    there = value != 0
+    return torch.where(there, 1 / torch.where(there, value, 1), 0)
+
+
+def _norm(value: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """Length over `dim` (kept), with zero derivatives at 0."""
+    square = value.square().sum(dim, keepdim=True)
+    there = square != 0
+    return torch.where(there, torch.where(there, square, 1).sqrt(), 0)
+
+
+# --- distance to the nearest patches ---------------------------------------------------------------------------
 
 
 def _fake_distance(features, prototypes, mask, metric, topk, precision):
@@ -66,32 +71,48 @@ def _fake_distance(features, prototypes, mask, metric, topk, precision):
 
 
 def _setup_distance(ctx, inputs, output) -> None:
-    features, prototypes, _, ctx.metric, _, _ = inputs
-    ctx.save_for_backward(features, prototypes, output[1])
+    features, prototypes, _, ctx.metric, ctx.topk, _ = inputs
+    ctx.save_for_backward(features, prototypes, *output)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward_distance(ctx, grad, _):
-    features, prototypes, index = ctx.saved_tensors
+    """Touches the winners alone, O(B·P·m·D), and is itself differentiable."""
+    features, prototypes, distance, index = ctx.saved_tensors
     batch, channels, *sizes = features.shape
-    count = prototypes.shape[0]
-    kernel = list(prototypes.shape[2:]) or [1] * len(sizes)
-    pixels = patch_pixels(index.reshape(batch, -1), sizes, kernel)  # (B, P·m, K)
-    where = pixels.flatten(1)[:, None].expand(-1, channels, -1)
-    work = result_dtype(features)
-    x = features.flatten(2).gather(2, where).to(work)
-    x = x.reshape(batch, channels, count, -1, pixels.shape[-1])  # (B, D, P, m, K)
-    p = prototypes.to(work).reshape(count, channels, 1, -1).permute(1, 0, 2, 3)  # (D, P, 1, K)
-    slope = torch.where(index >= 0, grad, 0).reshape(batch, 1, count, -1, 1)
-    chosen = (index >= 0).reshape(batch, 1, count, -1, 1)
-    to_x, to_p = patch_distance_grad(x, p, ctx.metric, (1, 4))
+    count, topk, work = prototypes.shape[0], ctx.topk, distance.dtype
+    axes = (batch, count, topk, 1, 1)
+    distance, grad, index = distance.reshape(axes), grad.reshape(axes), index.reshape(axes)
+    chosen = index >= 0
+    coordinates = patch_pixels(index[..., 0, 0], sizes, kernel_size(features, prototypes))
+    sample = torch.arange(batch, device=index.device).reshape(batch, 1, 1, 1)
+    # Indexing the axes one by one copies no more than the winners, whatever the strides of the features.
+    x = features[(sample, slice(None), *coordinates)].to(work)  # (B, P, m, K, D)
+    # What is not chosen becomes a finite 0 at once, so that no NaN of it reaches a second derivative.
+    x, grad, distance = (torch.where(chosen, value, 0) for value in (x, grad, distance))
+    p = prototypes.to(work).reshape(count, 1, channels, -1).transpose(2, 3)  # (P, 1, K, D)
+    to_x = to_p = None
+    want_x, want_p = ctx.needs_input_grad[:2]
+    if ctx.metric == DOT:
+        to_x, to_p = -grad * p, -grad * x
+    elif ctx.metric == COSINE:
+        inverse_x, inverse_p = _invert(_norm(x, (3, 4))), _invert(_norm(p, (2, 3)))
+        unit_x, unit_p, cos = x * inverse_x, p * inverse_p, 1 - distance
+        to_x = grad * inverse_x * (cos * unit_x - unit_p) if want_x else None
+        to_p = grad * inverse_p * (cos * unit_p - unit_x) if want_p else None
+    else:
+        to_x = grad * (2 if ctx.metric == SQEUCLIDEAN else _invert(distance)) * (x - p)
+        to_p = -to_x
     grad_features = grad_prototypes = None
-    if ctx.needs_input_grad[0]:
-        flat = torch.where(chosen, to_x * slope, 0).flatten(2)
-        grad_features = torch.zeros(batch, channels, math.prod(sizes), dtype=work, device=features.device)
-        grad_features = grad_features.scatter_add(2, where, flat).reshape(features.shape).to(features.dtype)
-    if ctx.needs_input_grad[1]:
-        total = torch.where(chosen, to_p * slope, 0).sum((0, 3)).permute(1, 0, 2)  # (P, D, K)
+    if want_x:
+        rows = torch.where(chosen, to_x, 0).flatten(1, 3)
+        pixel = torch.zeros_like(coordinates[0])
+        for size, coordinate in zip(sizes, coordinates, strict=True):
+            pixel = pixel * size + coordinate
+        total = torch.ops.protofast.prototype_scatter.reference(rows, pixel.flatten(1), math.prod(sizes))
+        grad_features = total.reshape(features.shape).to(features.dtype)
+    if want_p:
+        total = torch.where(chosen, to_p, 0).sum((0, 2)).transpose(1, 2)  # (P, D, K)
         grad_prototypes = total.reshape(prototypes.shape).to(prototypes.dtype)
     return grad_features, grad_prototypes, None, None, None, None
 
@@ -105,25 +126,93 @@ define(
 )
 
 
+# --- sums of rows at pixels: its own op, because torch and its compiler use atomics, whose order is left to chance ---
+
+
+def _fake_scatter(rows, pixel, pixels):
+    return rows.new_empty(rows.shape[0], rows.shape[2], pixels)
+
+
+def _setup_scatter(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _backward_scatter(ctx, grad):
+    (pixel,) = ctx.saved_tensors
+    where = pixel[:, None].expand(-1, grad.shape[1], -1)
+    return grad.gather(2, where).transpose(1, 2), None, None
+
+
+define(
+    "prototype_scatter",
+    "(Tensor rows, Tensor pixel, SymInt pixels) -> Tensor",
+    _fake_scatter,
+    setup_context=_setup_scatter,
+    backward=_backward_scatter,
+)
+
+
+# --- the whole map of distances --------------------------------------------------------------------------------
+
+
 def _fake_map(features, prototypes, metric):
     shape = (features.shape[0], prototypes.shape[0], *patch_grid(features, prototypes))
     return features.new_empty(shape, dtype=result_dtype(features))
 
 
-def _fake_map_backward(grad, features, prototypes, metric):
-    return torch.empty_like(features, memory_format=torch.contiguous_format), torch.empty_like(
-        prototypes, memory_format=torch.contiguous_format
-    )
-
-
 def _setup_map(ctx, inputs, output) -> None:
     features, prototypes, ctx.metric = inputs
-    ctx.save_for_backward(features, prototypes)
+    distance = output if ctx.metric in (EUCLIDEAN, COSINE) else None
+    ctx.save_for_backward(features, prototypes, distance)
 
 
 def _backward_map(ctx, grad):
-    features, prototypes = ctx.saved_tensors
-    return *torch.ops.protofast.prototype_map_backward.reference(grad, features, prototypes, ctx.metric), None
+    """Two matrix products per pixel of the window, O(B·N·(P + D)) memory, and itself differentiable.
+
+    Every metric has d(distance)/dx = cross·p + on_x·x and d(distance)/dp = cross·x + on_p·p. The terms cancel where
+    x is near p, hence float64 (which autocast and TF32 leave alone).
+    """
+    features, prototypes, distance = ctx.saved_tensors
+    batch, channels = features.shape[:2]
+    count = prototypes.shape[0]
+    kernel, grid = kernel_size(features, prototypes), patch_grid(features, prototypes)
+    patches = math.prod(grid)
+    x = features.to(torch.float64)
+    p = prototypes.to(torch.float64).reshape(count, channels, math.prod(kernel))
+    g = grad.to(torch.float64).reshape(batch, count, patches)
+    if distance is not None:
+        distance = distance.to(torch.float64).reshape(batch, count, patches)
+    regions = [(slice(None), slice(None), *window) for window in windows(grid, kernel)]
+    if ctx.metric == DOT:
+        cross, on_x, on_p = -g, None, None
+    elif ctx.metric == COSINE:
+        length = sum(x[region].square().sum(1).reshape(batch, 1, patches) for region in regions)
+        there = length != 0
+        inverse_x = torch.where(there, torch.where(there, length, 1).rsqrt(), 0)
+        inverse_p = _invert(_norm(p, (1, 2)))[..., 0]  # (P, 1)
+        cross = -g * inverse_x * inverse_p
+        along = g * (1 - distance)
+        on_x = along.sum(1, keepdim=True) * inverse_x.square()
+        on_p = along.sum((0, 2))[:, None] * inverse_p.square()
+    else:
+        scale = 2 * g if ctx.metric == SQEUCLIDEAN else g * _invert(distance)
+        cross, on_x, on_p = -scale, scale.sum(1, keepdim=True), scale.sum((0, 2))[:, None]
+    want_x, want_p = ctx.needs_input_grad[:2]
+    grad_features = torch.zeros_like(x, memory_format=torch.contiguous_format) if want_x else None
+    to_p = []
+    for k, region in enumerate(regions):
+        at, proto = x[region].reshape(batch, channels, patches), p[:, :, k]
+        if want_x:
+            part = proto.t() @ cross
+            part = part if on_x is None else part + on_x * at
+            grad_features[region] += part.reshape(batch, channels, *grid)
+        if want_p:
+            part = (cross @ at.transpose(1, 2)).sum(0)
+            to_p.append(part if on_p is None else part + on_p * proto)
+    if want_x:
+        grad_features = grad_features.to(features.dtype)
+    grad_prototypes = torch.stack(to_p, 2).reshape(prototypes.shape).to(prototypes.dtype) if want_p else None
+    return grad_features, grad_prototypes, None
 
 
 define(
@@ -132,9 +221,4 @@ define(
     _fake_map,
     setup_context=_setup_map,
     backward=_backward_map,
-)
-define(
-    "prototype_map_backward",
-    "(Tensor grad, Tensor features, Tensor prototypes, int metric) -> (Tensor, Tensor)",
-    _fake_map_backward,
 )

@@ -1,7 +1,8 @@
 """Selection ops: schemas and fake kernels. Selection is discrete, so none is differentiable.
 
-`metric` is an index into METRICS. Labels are positions in the list of chosen indices. Distances are float64: they
-are what the choice was decided by.
+`metric` is an index into METRICS, `objective` into OBJECTIVES. Labels are positions in the list of chosen indices.
+Distances are float64: they are what the choice was decided by. Points outside `mask` are as if absent; they get
+label -1 and distance NaN. `initial` holds at least one index, none twice, none outside the mask.
 """
 
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor
 from . import define
 
 METRICS = ("euclidean", "sqeuclidean", "cosine", "manhattan", "precomputed")
+EUCLIDEAN, SQEUCLIDEAN, COSINE, MANHATTAN, PRECOMPUTED = range(5)
 OBJECTIVES = ("max-min", "max-sum")
+MAX_MIN, MAX_SUM = range(2)
 
 
-def _indices(points: Tensor, count: int) -> Tensor:
-    return points.new_empty(count, dtype=torch.int64)
+def _indices(points: Tensor, *shape: int) -> Tensor:
+    return points.new_empty(shape, dtype=torch.int64)
 
 
 def _float64(points: Tensor, *shape: int) -> Tensor:
@@ -27,11 +30,11 @@ def _fake_k_center(points, initial, mask, k, metric):
 
 
 def _fake_k_dispersion(points, mask, k, objective, metric, refine):
-    return _indices(points, k)
+    return _indices(points, k), _float64(points), _float64(points)
 
 
-def _fake_k_medoids(points, initial, mask, metric, max_iter):
-    return _indices(points, initial.shape[0]), points.new_empty((), dtype=torch.int64)
+def _fake_k_medoids(points, initial, metric, max_iter):
+    return _indices(points, initial.shape[0]), points.new_empty((), dtype=torch.bool)
 
 
 def _fake_cover(points, indices, mask, metric):
@@ -43,24 +46,30 @@ def _fake_farthest_pair(points, mask, metric):
     return _indices(points, 2), _float64(points)
 
 
+def _fake_nearest_to_mean(points, mask, metric):
+    return _indices(points, 1)
+
+
+# -> indices, radii, labels, distances
 define(
     "k_center",
     "(Tensor points, Tensor initial, Tensor? mask, SymInt k, int metric) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_k_center,
 )
+# -> indices, objective, bound
 define(
     "k_dispersion",
-    "(Tensor points, Tensor? mask, SymInt k, int objective, int metric, bool refine) -> Tensor",
+    "(Tensor points, Tensor? mask, SymInt k, int objective, int metric, bool refine) -> (Tensor, Tensor, Tensor)",
     _fake_k_dispersion,
 )
-define(
-    "k_medoids",
-    "(Tensor points, Tensor initial, Tensor? mask, int metric, int max_iter) -> (Tensor, Tensor)",
-    _fake_k_medoids,
-)
+# -> indices, whether the medoids have settled
+define("k_medoids", "(Tensor points, Tensor initial, int metric, int max_iter) -> (Tensor, Tensor)", _fake_k_medoids)
+# -> radii, labels, distances
 define(
     "cover",
     "(Tensor points, Tensor indices, Tensor? mask, int metric) -> (Tensor, Tensor, Tensor)",
     _fake_cover,
 )
+# -> the two indices in ascending order, distance
 define("farthest_pair", "(Tensor points, Tensor? mask, int metric) -> (Tensor, Tensor)", _fake_farthest_pair)
+define("nearest_to_mean", "(Tensor points, Tensor? mask, int metric) -> Tensor", _fake_nearest_to_mean)

@@ -1,0 +1,235 @@
+"""Selection in plain torch: greedy, local search and Voronoi iteration on direct float64 distances.
+
+The engines of other backends must make the choices that these make: the largest (or least) value, the lowest index
+among equals.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from protofast._ops import implement
+from protofast._ops.selection import EUCLIDEAN, MANHATTAN, MAX_MIN, PRECOMPUTED
+
+from .farthest import farthest_pair as _farthest
+from .space import Space
+
+
+def _greedy(space: Space, initial: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Farthest-first traversal (Gonzalez 1985): positions, and values of the radii, labels, values."""
+    nearest = torch.full((space.count,), math.inf, dtype=torch.float64, device=space.device)
+    labels = torch.zeros(space.count, dtype=torch.int64, device=space.device)
+    chosen, radii = [], []
+    for number in range(k):
+        new = initial[number] if number < len(initial) else nearest.argmax()
+        values = space.to(new)
+        closer = values < nearest
+        nearest = torch.where(closer, values, nearest)
+        labels = torch.where(closer, number, labels)
+        nearest[new] = -1  # below every distance: never chosen again
+        chosen.append(new)
+        radii.append(nearest.max())
+    return torch.stack(chosen), torch.stack(radii).clamp(min=0), labels, nearest.clamp(min=0)
+
+
+def k_center(
+    points: Tensor, initial: Tensor, mask: Tensor | None, k: int, metric: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    space = Space(points, mask, metric)
+    chosen, radii, labels, values = _greedy(space, space.position(initial), k)
+    # A copy, because an op must not return what it was given.
+    return (
+        space.index(chosen).clone(),
+        space.distance(radii),
+        space.spread(labels, -1),
+        space.spread(space.distance(values), math.nan),
+    )
+
+
+def cover(points: Tensor, indices: Tensor, mask: Tensor | None, metric: int) -> tuple[Tensor, Tensor, Tensor]:
+    return k_center(points, indices, mask, len(indices), metric)[1:]
+
+
+def farthest_pair(points: Tensor, mask: Tensor | None, metric: int) -> tuple[Tensor, Tensor]:
+    space = Space(points, mask, metric)
+    pair, value = _farthest(space)
+    return space.index(pair), space.distance(value).clone()
+
+
+def nearest_to_mean(points: Tensor, mask: Tensor | None, metric: int) -> Tensor:
+    space = Space(points, mask, metric)
+    if metric != PRECOMPUTED:
+        values = space.to_vector(space.mean())
+    else:  # Σ_j |x_i − x_j|² is least where x_i is nearest to the mean
+        spans = space.spans(space.count, points.shape[1])
+        blocks = (space._raw(slice(lo, hi)) for lo, hi in spans)
+        values = torch.cat([(b if space.rows is None else b[:, space.rows]).square().sum(1) for b in blocks])
+    return space.index(values.argmin().reshape(1))
+
+
+def k_dispersion(
+    points: Tensor, mask: Tensor | None, k: int, objective: int, metric: int, refine: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    space = Space(points, mask, metric)
+    if k == 1:  # no pair: any point is an optimum
+        value = torch.full((), math.inf if objective == MAX_MIN else 0.0, dtype=torch.float64, device=space.device)
+        return space.index(torch.zeros(1, dtype=torch.int64, device=space.device)), value, value.clone()
+    pair, diameter = _farthest(space)
+    if objective == MAX_MIN:
+        chosen, radii, _, _ = _greedy(space, pair, k)
+        # Of k points two lie nearest to the same of k−1 centers with covering radius r, so at most 2r apart. The
+        # diameter bounds too. Values of squares: (2r)².
+        scale = 2 if metric in (MANHATTAN, PRECOMPUTED) else 4
+        bound = space.distance(torch.minimum(scale * radii[k - 2], diameter))
+        if refine:
+            chosen = _refine_min(space, chosen)
+        smallest = [space.to(chosen[i], chosen[i + 1 :]).min() for i in range(k - 1)]
+        return space.index(chosen), space.distance(torch.stack(smallest).min()), bound
+    chosen, sums = _greedy_sum(space, pair, k)
+    if refine:
+        chosen = _refine_sum(space, chosen, sums)
+    total = torch.stack([space.distance(space.to(chosen[i], chosen[i + 1 :])).sum() for i in range(k - 1)]).sum()
+    return space.index(chosen), total, _bound_sum(space, chosen, diameter)
+
+
+class _TwoNearest:
+    """For every point, the values and positions in the list of its two nearest chosen points."""
+
+    def __init__(self, space: Space, chosen: Tensor, at: Tensor | None = None) -> None:
+        count = space.count if at is None else len(at)
+        self.value = torch.full((2, count), math.inf, dtype=torch.float64, device=space.device)
+        self.label = torch.full((2, count), -1, dtype=torch.int64, device=space.device)
+        for number, one in enumerate(chosen):
+            self.insert(space.to(one, at), number)
+
+    def insert(self, values: Tensor, number: int) -> None:
+        first, second = values < self.value[0], values < self.value[1]
+        self.value[1] = torch.where(first, self.value[0], torch.where(second, values, self.value[1]))
+        self.label[1] = torch.where(first, self.label[0], torch.where(second, number, self.label[1]))
+        self.value[0] = torch.where(first, values, self.value[0])
+        self.label[0] = torch.where(first, number, self.label[0])
+
+
+def _refine_min(space: Space, chosen: Tensor) -> Tensor:
+    """Swaps an end of the closest chosen pair for the point farthest from the others, at most k times, each time
+    raising the smallest distance."""
+    k = len(chosen)
+    chosen = chosen.clone()
+    near = _TwoNearest(space, chosen)
+    for _ in range(k if 2 < k < space.count else 0):
+        # A chosen point is its own nearest, so its second nearest is the nearest other.
+        other, partner = near.value[1, chosen], near.label[1, chosen]
+        one = int(other.argmin())
+        smallest = other[one]
+        if smallest == 0:
+            break
+        best, swap = smallest, None
+        for end in sorted((one, int(partner[one]))):
+            reach = torch.where(near.label[0] == end, near.value[1], near.value[0])
+            reach[chosen] = -1
+            new = reach.argmax()
+            rest = torch.arange(k, device=space.device) != end
+            left = other[rest & (partner != end)]
+            value = torch.cat([reach[new][None], left]).min()
+            for lost in (rest & (partner == end)).nonzero().squeeze(1):  # their nearest other is the one that goes
+                keep = rest.clone()
+                keep[lost] = False
+                value = torch.minimum(value, space.to(chosen[lost], chosen[keep]).min())
+            if value > best:
+                best, swap = value, (end, new)
+        if swap is None:
+            break
+        end, new = swap
+        chosen[end] = new
+        stale = (near.label == end).any(0).nonzero().squeeze(1)
+        near.insert(space.to(new), end)
+        again = _TwoNearest(space, chosen, stale)
+        near.value[:, stale], near.label[:, stale] = again.value, again.label
+    return chosen
+
+
+def _greedy_sum(space: Space, pair: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Adds the point with the largest sum of distances to those chosen (Ravi, Rosenkrantz and Tayi 1994)."""
+    sums = torch.zeros(space.count, dtype=torch.float64, device=space.device)
+    free = torch.ones(space.count, dtype=torch.bool, device=space.device)
+    chosen: list[Tensor] = []
+    for number in range(k):
+        new = pair[number] if number < 2 else torch.where(free, sums, -1).argmax()
+        free[new] = False
+        sums += space.distance(space.to(new))
+        chosen.append(new)
+    return torch.stack(chosen), sums
+
+
+def _refine_sum(space: Space, chosen: Tensor, sums: Tensor) -> Tensor:
+    """Sweeps over the chosen points and swaps each for the point that raises the total most, until a sweep changes
+    nothing; at most ten sweeps."""
+    chosen = chosen.clone()
+    for _ in range(10 if len(chosen) < space.count else 0):
+        before = chosen.clone()
+        for number in range(len(chosen)):
+            old = chosen[number]
+            values = space.distance(space.to(old))
+            rest = sums - values
+            gain = rest - sums[old]
+            gain[chosen] = -math.inf
+            new = gain.argmax()
+            if gain[new] > 1e-12 * sums[old]:  # above the rounding of the sums, so that it cannot go in circles
+                chosen[number] = new
+                sums = rest + space.distance(space.to(new))
+        if torch.equal(before, chosen):
+            break
+    return chosen
+
+
+def _bound_sum(space: Space, chosen: Tensor, diameter: Tensor) -> Tensor:
+    """No k points have a larger total than this: the diameter bounds each pair; and so does a detour over a center c,
+    Σ_{i<j} d(i, j) ≤ (k−1) Σ_i d(i, c), or in euclidean geometry Σ_{i<j} |x_i−x_j|² = k Σ |x_i−c|² − |Σ (x_i−c)|²
+    with Cauchy and Schwarz for the sum of the roots. The k points farthest from c make either largest."""
+    k, metric = len(chosen), space.metric
+    pairs = k * (k - 1) / 2
+    if metric == PRECOMPUTED:
+        detour = torch.stack([space.to(c).topk(k).values.sum() for c in chosen]).min() * (k - 1)
+    else:
+        center = sum(space.coordinates(c.reshape(1)) for c in chosen) / k
+        far = space.to_vector(center).topk(k).values.sum()
+        if metric == MANHATTAN:
+            detour = far * (k - 1)
+        elif metric == EUCLIDEAN:
+            detour = (pairs * k * far).sqrt()
+        else:
+            detour = space.distance(k * far)
+    return torch.minimum(space.distance(diameter) * pairs, detour)
+
+
+def k_medoids(points: Tensor, initial: Tensor, metric: int, max_iter: int) -> tuple[Tensor, Tensor]:
+    space = Space(points, None, metric)
+    medoids, settled = initial.clone(), False
+    numbers = torch.arange(len(medoids), device=space.device)
+    for _ in range(max_iter):
+        nearest = space.to(medoids[0])
+        labels = torch.zeros(space.count, dtype=torch.int64, device=space.device)
+        for number in range(1, len(medoids)):
+            values = space.to(medoids[number])
+            labels = torch.where(values < nearest, number, labels)
+            nearest = torch.minimum(values, nearest)
+        labels[medoids] = numbers  # of coincident medoids each keeps itself, so that none is lost
+        clusters = labels.argsort(stable=True).split(labels.bincount(minlength=len(medoids)).tolist())
+        new = torch.stack([members[space.total(members).argmin()] for members in clusters])
+        settled = torch.equal(new, medoids)
+        if settled:
+            break
+        medoids = new
+    return medoids, torch.tensor(settled, device=space.device)
+
+
+for _name, _kernel in {
+    "k_center": k_center,
+    "cover": cover,
+    "farthest_pair": farthest_pair,
+    "nearest_to_mean": nearest_to_mean,
+    "k_dispersion": k_dispersion,
+    "k_medoids": k_medoids,
+}.items():
+    implement(_name, "reference", ["default"], _kernel)

@@ -1,0 +1,57 @@
+# Everything happens in .venv inside the checkout; nothing needs root. `make PYTHON=python3.12 …` picks the Python.
+PYTHON ?= python3
+PIP    := .venv/bin/python -m pip --disable-pip-version-check
+JOBS   ?= 2
+
+.PHONY: help demo test check bench clean
+help:
+	@echo "make demo   explain a real generative model on real images, and write the report"
+	@echo "make test   build and run the tests"
+	@echo "make check  format, lint and types"
+	@echo "make bench  measure every op against its baselines and the physical limit"
+	@echo "make clean  remove .venv and everything built"
+
+demo: .venv/ready
+	.venv/bin/protofast demo --out runs/demo
+
+test: .venv/ready
+	.venv/bin/python -m pytest -n $(JOBS)
+
+check: .venv/ready
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+bench: .venv/ready
+	.venv/bin/python -m benchmarks
+
+clean:
+	rm -rf .venv build dist *.egg-info protofast/*.so
+
+.venv/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "make: protofast needs Python 3.10 or newer as '$(PYTHON)'; install one, or name it: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -m venv .venv || { \
+	  echo "make: '$(PYTHON) -m venv' failed; on Debian and Ubuntu install it by: apt install python3-venv"; exit 1; }
+	@touch $@
+
+.venv/torch: .venv/python
+	@$(PIP) install torch==2.13.0 || { \
+	  echo "make: 'pip install torch==2.13.0' failed; see the lines above: a network, 5 GB of disk and a Python that torch supports (3.10 to 3.14) are needed"; exit 1; }
+	@touch $@
+
+.venv/packages: .venv/torch requirements.txt
+	@$(PIP) install -r requirements.txt || { \
+	  echo "make: installing requirements.txt failed; see the lines above, mend the network or disk, and run make again"; exit 1; }
+	@touch $@
+
+# PROTOFAST_BUILD_CUDA=1 or 0 in the environment decides whether the CUDA sources are built; unset, an nvcc decides.
+.venv/ready: .venv/packages pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { \
+	  echo "make: no C++ compiler found; on Debian and Ubuntu: apt install g++"; exit 1; }
+	@.venv/bin/python -c 'import sysconfig, pathlib, sys; sys.exit(not (pathlib.Path(sysconfig.get_path("include")) / "Python.h").exists())' || { \
+	  echo "make: Python.h is missing; on Debian and Ubuntu: apt install python3-dev"; exit 1; }
+	@$(PIP) install --no-build-isolation --no-deps -e . || { \
+	  echo "make: building protofast failed; see the compiler's lines above (a C++20 compiler is needed: g++ 10, clang++ 11 or newer)"; exit 1; }
+	@touch $@

@@ -1,0 +1,30 @@
+// Registers the CUDA kernels. Needs no CUDA header, and none of torch's CUDA libraries when it is linked.
+#include <torch/csrc/stable/accelerator.h>
+
+#include "../ddim_op.h"
+#include "ddim_step.h"
+
+// In the CUDA builds of torch only, so weak: this library must load in the others too. Its successor in the stable
+// ABI, Stream::nativeHandle, needs torch 2.13.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+namespace protofast {
+namespace {
+
+void launch(const DdimArgs& args) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
+  const torch::stable::accelerator::DeviceGuard guard(args.device);
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(args.device, &stream));
+  const char* problem = ddim_step_cuda(args, stream);
+  STD_TORCH_CHECK(problem == nullptr, "ddim_step on CUDA: ", problem);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(protofast, CUDA, m) {
+  m.impl("ddim_step.native", TORCH_BOX(&ddim_step<&launch>));
+  m.impl("ddim_step_out.native", TORCH_BOX(&ddim_step_out<&launch>));
+}
+
+}  // namespace protofast

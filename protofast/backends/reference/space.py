@@ -1,0 +1,138 @@
+"""Points under a metric, read in tiles: distances in the direct form in float64, never an n × n matrix.
+
+A *position* counts the allowed points only, so kernels need not know of masks. A *value* is what choices compare:
+the distance, but Σ(x−y)² for the euclidean and cosine metrics, whose distances √value and value/2 grow with it.
+Cosine is euclidean geometry on unit vectors, 1 − cos = ½|û−v̂|²; a zero vector gets a direction of its own.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from protofast._ops.selection import COSINE, EUCLIDEAN, MANHATTAN, PRECOMPUTED, SQEUCLIDEAN
+
+TILE = {"cpu": 1 << 18}  # float64 numbers in a temporary: 2 MiB stays in a core's cache
+TILE_ELSEWHERE = 1 << 24
+
+
+class Space:
+    def __init__(self, points: Tensor, mask: Tensor | None, metric: int) -> None:
+        self.points, self.metric, self.device = points, metric, points.device
+        self.rows = None if mask is None else mask.nonzero().squeeze(1)
+        self.count = points.shape[0] if self.rows is None else self.rows.shape[0]
+        self.tile = TILE.get(points.device.type, TILE_ELSEWHERE)
+        self.dim = points.shape[1]
+        self.norms: Tensor | None = None
+        self.has_zero = False
+        if metric == COSINE:
+            norms = [self._raw(slice(lo, hi)).square().sum(1).sqrt() for lo, hi in self.spans(self.count, self.dim)]
+            self.norms = torch.cat(norms)
+            self.has_zero = not bool(self.norms.all())
+            self.dim += self.has_zero
+
+    def spans(self, count: int, width: int) -> list[tuple[int, int]]:
+        """Ranges that cut `count` rows of `width` numbers into tiles."""
+        step = max(1, self.tile // max(width, 1))
+        return [(lo, min(lo + step, count)) for lo in range(0, count, step)]
+
+    def index(self, positions: Tensor) -> Tensor:
+        return positions if self.rows is None else self.rows[positions]
+
+    def position(self, indices: Tensor) -> Tensor:
+        return indices if self.rows is None else torch.searchsorted(self.rows, indices)
+
+    def spread(self, values: Tensor, absent: float) -> Tensor:
+        """Values of the allowed points as values of all points."""
+        if self.rows is None:
+            return values
+        return values.new_full((self.points.shape[0],), absent).index_copy_(0, self.rows, values)
+
+    def distance(self, value: Tensor) -> Tensor:
+        if self.metric == EUCLIDEAN:
+            return value.sqrt()
+        return value / 2 if self.metric == COSINE else value
+
+    def length(self, value: Tensor) -> Tensor:
+        """What obeys the triangle inequality: the norm that belongs to a value of coordinates."""
+        return value if self.metric in (MANHATTAN, PRECOMPUTED) else value.sqrt()
+
+    def _raw(self, at: slice | Tensor) -> Tensor:
+        return (self.points[at] if self.rows is None else self.points[self.rows[at]]).double()
+
+    def coordinates(self, at: slice | Tensor) -> Tensor:
+        """Coordinates (t, dim) in which values are taken; not for a precomputed matrix."""
+        x = self._raw(at)
+        if self.norms is not None:
+            norm = self.norms[at][:, None]
+            x = x / torch.where(norm > 0, norm, 1)
+            if self.has_zero:
+                x = torch.cat([x, (norm == 0).double()], 1)
+        return x
+
+    def size(self, gap: Tensor) -> Tensor:
+        """Value of differences (..., dim); overwrites them."""
+        return (gap.abs_() if self.metric == MANHATTAN else gap.square_()).sum(-1)
+
+    def to_vector(self, vector: Tensor, at: Tensor | None = None) -> Tensor:
+        """Values between coordinates (1, dim) and all positions, or those in `at`."""
+        count = self.count if at is None else at.shape[0]
+        out = vector.new_empty(count)
+        for lo, hi in self.spans(count, self.dim):
+            out[lo:hi] = self.size(self.coordinates(slice(lo, hi) if at is None else at[lo:hi]) - vector)
+        return out
+
+    def to(self, position: Tensor, at: Tensor | None = None) -> Tensor:
+        """Values between one position and all, or those in `at`."""
+        if self.metric != PRECOMPUTED:
+            return self.to_vector(self.coordinates(position.reshape(1)), at)
+        row = self.points.index_select(0, self.index(position).reshape(1)).squeeze(0)
+        if at is not None:
+            row = row[self.index(at)]
+        elif self.rows is not None:
+            row = row[self.rows]
+        return row.double()
+
+    def pairs(self, a: Tensor, b: Tensor) -> Tensor:
+        """Values of the pairs (a[i], b[i])."""
+        out = torch.empty(a.shape[0], dtype=torch.float64, device=self.device)
+        for lo, hi in self.spans(a.shape[0], self.dim):
+            out[lo:hi] = self.size(self.coordinates(a[lo:hi]) - self.coordinates(b[lo:hi]))
+        return out
+
+    def mean(self) -> Tensor:
+        """Mean of the coordinates (1, dim)."""
+        total = torch.zeros(1, self.dim, dtype=torch.float64, device=self.device)
+        for lo, hi in self.spans(self.count, self.dim):
+            total += self.coordinates(slice(lo, hi)).sum(0)
+        return total / self.count
+
+    def total(self, members: Tensor) -> Tensor:
+        """Sum of the distances from each member to all members."""
+        out = torch.zeros(members.shape[0], dtype=torch.float64, device=self.device)
+        if self.metric == PRECOMPUTED:
+            for lo, hi in self.spans(len(members), self.points.shape[1]):
+                out[lo:hi] = self._raw(members[lo:hi])[:, self.index(members)].sum(1)
+            return out
+        step = max(1, min(math.isqrt(4 * self.tile), 8 * self.tile // max(self.dim, 1)))
+        for lo in range(0, len(members), step):
+            x = self.coordinates(members[lo : lo + step])
+            for start in range(0, len(members), step):
+                out[lo : lo + step] += self._block(x, self.coordinates(members[start : start + step])).sum(1)
+        return out
+
+    def _block(self, x: Tensor, y: Tensor) -> Tensor:
+        """Distances between two small sets of coordinates."""
+        if self.metric in (SQEUCLIDEAN, COSINE):  # cdist would take the root first
+            out = x.new_zeros(len(x), len(y))
+            for left, right in zip(x.T, y.T, strict=True):
+                gap = left[:, None] - right
+                out.addcmul_(gap, gap)
+            return self.distance(out)
+        return direct_cdist(x, y, self.metric)
+
+
+def direct_cdist(x: Tensor, y: Tensor, metric: int) -> Tensor:
+    """Manhattan or euclidean distances by differences."""
+    p = 1.0 if metric == MANHATTAN else 2.0
+    return torch.cdist(x, y, p, compute_mode="donot_use_mm_for_euclid_dist")

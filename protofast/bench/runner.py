@@ -1,0 +1,215 @@
+"""Runs the specs and gathers rows."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from protofast import _ops
+
+from . import environment, memory, results
+from .spec import OURS, Call, Case, Spec, copy_limit, matmul_limit
+from .specs import SPECS
+from .timing import Timing, interleave, once, quantiles, ratio
+
+SHAPES = ("quick", "full")
+_BUDGET = {"quick": 2.0, "full": 5.0}
+"""Seconds of timing a case."""
+
+_PATIENCE = 30.0
+"""A contender whose one call takes longer is left out."""
+
+
+def run(
+    ops: Iterable[str] = (),
+    *,
+    shapes: str = "quick",
+    device: str | None = None,
+    backends: Iterable[str] = (),
+    out: str | Path = "results",
+    name: str | None = None,
+    threads: int | None = None,
+    budget: float | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int, str], None] = lambda done, total, label: None,
+) -> dict[str, Any]:
+    """Times every contender of the chosen ops and writes ``<out>/<name>.json``, ``.csv`` and ``.md``.
+
+    The JSON is written anew after every case, so that a run that is stopped keeps what it has; ``complete`` says
+    whether it came to its end.
+
+    Parameters
+    ----------
+    ops : names of specs; all if empty
+    shapes : {"quick", "full"}
+    device : {"cpu", "cuda"}; a GPU if there is one
+    backends : which of this package's backends take part; all if empty
+    out : folder, created if absent
+    name : file name without suffix; the GPU's or CPU's if not given
+    threads : torch's CPU threads; as they are if not given
+    budget : seconds of timing a case
+    seed : of inputs and of the order within rounds
+    progress : called with (cases done, cases in all, what comes next)
+
+    Returns
+    -------
+    dict
+        What the JSON holds.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device!r}; choose 'cpu' or 'cuda'")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("device is 'cuda', and torch sees no GPU here; use device='cpu'")
+    if shapes not in SHAPES:
+        raise ValueError(f"shapes is {shapes!r}; choose one of {', '.join(SHAPES)}")
+    backends = tuple(backends)
+    if unknown := [b for b in backends if b not in _ops.BACKENDS]:
+        raise ValueError(f"backend is {unknown[0]!r}; choose from {', '.join(_ops.BACKENDS)}")
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"threads is {threads}; give 1 or more")
+        torch.set_num_threads(threads)
+        _limit_blas(threads)
+    work = [(spec, case) for spec in choose(ops, device) for case in spec.cases if shapes == "full" or case.quick]
+    budget = _BUDGET[shapes] if budget is None else budget
+    path = Path(out) / f"{name or environment.name(device)}.json"
+    result: dict[str, Any] = {
+        "format": 1,
+        "complete": False,
+        "device": device,
+        "shapes": shapes,
+        "seed": seed,
+        "environment": environment.environment(device),
+        "machine": machine(device),
+        "rows": [],
+        "skipped": [],
+        "targets": [],
+    }
+    started = time.monotonic()
+    for done, (spec, case) in enumerate(work):
+        progress(done, len(work), f"{spec.op} {case.name}")
+        rows, skipped = measure(spec, case, device, backends=backends, budget=budget, seed=seed)
+        result["rows"] += rows
+        result["skipped"] += skipped
+        result["targets"] += results.check_targets(spec, case, device, rows)
+        result["seconds"] = round(time.monotonic() - started, 1)
+        results.write_json(path, result)
+    result["complete"] = True
+    result["environment"]["load_after"] = environment.load()
+    progress(len(work), len(work), "")
+    results.write_all(path, result)
+    return result
+
+
+def choose(ops: Iterable[str], device: str) -> list[Spec]:
+    """The specs of the given names (all if none) that run on `device`."""
+    ops = list(ops) or [op for op, spec in SPECS.items() if device in spec.devices]
+    for op in ops:
+        if op not in SPECS:
+            raise ValueError(f"op is {op!r}; choose from {', '.join(SPECS)}")
+        if device not in SPECS[op].devices:
+            raise ValueError(f"{op} is measured on {', '.join(SPECS[op].devices)} only, not on {device}")
+    return [SPECS[op] for op in ops]
+
+
+def measure(
+    spec: Spec, case: Case, device: str, *, backends: tuple[str, ...] = (), budget: float = 1.0, seed: int = 0
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Rows of one case, and the contenders left out with the reason."""
+    inputs = spec.inputs(case, device, seed)
+    reference = spec.reference(inputs)
+    calls: dict[str, Call] = {}
+    errors: dict[str, float] = {}
+    skipped = []
+    for name, prepare in spec.contenders.items():
+        if backends and name.startswith(OURS) and name.removeprefix(f"{OURS} ") not in backends:
+            continue
+        try:
+            call = prepare(inputs)
+            once(call, device)  # compiles, loads, tunes
+            seconds, output = once(call, device, spec.self_timed)
+            if seconds > _PATIENCE:
+                raise TimeoutError(f"one call took {seconds:.0f} s; more than {_PATIENCE:.0f} s are not waited for")
+            if not spec.self_timed:
+                errors[name] = spec.error(output, reference, inputs)
+            del output
+        except Exception as error:  # whatever is wrong with one contender, the others are measured
+            text = f"{type(error).__name__}: {error}" if type(error).__name__ != "Skip" else str(error)
+            skipped.append({"op": spec.op, "case": case.name, "contender": name, "reason": text.strip().split("\n")[0]})
+        else:
+            calls[name] = call
+    del reference
+    limits = {name: prepare(inputs) for name, prepare in spec.limits.items()}
+    for call in limits.values():
+        once(call, device)
+    timings = interleave(
+        {**calls, **limits}, device, budget=budget, seed=seed, self_timed=spec.self_timed, min_rounds=5
+    )
+    floor = max(limits, key=lambda name: quantiles(timings[name].seconds)["p50"], default=None)
+    tolerance = spec.tolerance(inputs)
+    right = {name for name in calls if errors.get(name, 0.0) <= tolerance}
+    rows = []
+    for name, call in {**calls, **limits}.items():
+        role = "limit" if name in limits else "protofast" if name.startswith(OURS) else "baseline"
+        timing = timings[name]
+        row: dict[str, Any] = {
+            "op": spec.op,
+            "case": case.name,
+            "params": dict(case.params),
+            "device": device,
+            "contender": name,
+            "role": role,
+            "seconds": quantiles(timing.seconds),
+            "wall": quantiles(timing.wall) if timing.wall else None,
+            "rounds": len(timing.seconds),
+            "inner": timing.inner,
+            "limit": floor,
+            "times_limit": ratio(timing, timings[floor]) if floor else None,
+            "bytes": spec.bytes(inputs),
+            "flops": spec.flops(inputs),
+            "error": errors.get(name),
+            "wrong": role != "limit" and name not in right,
+            "faster_than": {},
+            "peak_memory": None if role == "limit" or spec.self_timed else memory.peak(call, device),
+        }
+        if role == "protofast" and not row["wrong"]:
+            others = [*(o for o in calls if o in right and not o.startswith(OURS)), *limits]
+            row["faster_than"] = {other: ratio(timings[other], timing) for other in others}
+        rows.append(row)
+    del calls, limits, inputs
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return rows, skipped
+
+
+def machine(device: str) -> dict[str, float]:
+    """Rates of this machine now: bytes a second of a streaming copy, flops a second of square products."""
+    size = 1 << (30 if device == "cuda" else 28)
+    side = 8192 if device == "cuda" else 1024
+    products = {"float32": torch.float32} | ({"bfloat16": torch.bfloat16} if device == "cuda" else {})
+    calls = {"copy": copy_limit(size, device)}
+    calls |= {f"matmul {name}": matmul_limit(side, side, side, dtype, device) for name, dtype in products.items()}
+    for call in calls.values():
+        once(call, device)
+    timings = interleave(calls, device, budget=1.0)
+    amount = {"copy": size} | {name: 2 * side**3 for name in calls if name != "copy"}
+    return {name: amount[name] / quantiles(timing.seconds)["p50"] for name, timing in timings.items()}
+
+
+def _limit_blas(threads: int) -> None:
+    """numpy's BLAS keeps its own threads; without threadpoolctl only its environment variables rule them."""
+    try:
+        from threadpoolctl import threadpool_limits
+    except ImportError:
+        return
+    threadpool_limits(threads)
+
+
+__all__ = ["SHAPES", "Timing", "choose", "machine", "measure", "run"]

@@ -1,0 +1,17 @@
+"""Every spec, by op."""
+
+from ..spec import Spec
+from . import ddim, importing, prototype, selection
+
+SPECS: dict[str, Spec] = {
+    spec.op: spec
+    for spec in (
+        ddim.SPEC,
+        prototype.SPEC,
+        selection.K_CENTER,
+        selection.FARTHEST_PAIR,
+        selection.K_DISPERSION,
+        selection.K_MEDOIDS,
+        importing.SPEC,
+    )
+}

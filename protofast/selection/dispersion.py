@@ -1,0 +1,122 @@
+"""k-dispersion (Ravi, Rosenkrantz and Tayi 1994, "Heuristic and special case algorithms for dispersion problems")."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from .._backend import overload
+from .._ops.selection import OBJECTIVES
+from .inputs import metric_number, number_to_choose, points_and_mask
+from .result import Selection
+
+
+class FarthestPair(NamedTuple):
+    """Two points, ``i < j``, and their distance."""
+
+    i: int
+    j: int
+    distance: float
+
+
+def farthest_pair(points: Tensor | np.ndarray, *, metric: str = "euclidean") -> FarthestPair:
+    """The two points farthest apart, exactly; of equal pairs the lexicographically first.
+
+    Bounds discard most pairs, so the time is near-linear for most points in few dimensions. Where they cannot (many
+    dimensions without structure) it is that of one blocked n × n product. Memory stays linear in n.
+
+    Parameters
+    ----------
+    points : Tensor or array of shape (n, d), or (n, n) distances with ``metric="precomputed"``
+        n ≥ 2; as in `k_center`.
+    metric : {"euclidean", "sqeuclidean", "cosine", "manhattan", "precomputed"}
+
+    Returns
+    -------
+    FarthestPair
+        ``(i, j, distance)``, Python numbers.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument; with fewer than two points, or one that is not finite.
+
+    Examples
+    --------
+    >>> import torch, protofast as pf
+    >>> i, j, distance = pf.farthest_pair(torch.tensor([[0.0, 0.0], [1.0, 1.0], [3.0, 4.0]]))
+    >>> i, j, distance
+    (0, 2, 5.0)
+    """
+    number = metric_number(metric)
+    points, _ = points_and_mask(points, number)
+    if points.shape[0] < 2:
+        raise ValueError(f"points has shape {tuple(points.shape)}; a pair needs at least two points")
+    pair, distance = overload("farthest_pair", points.device.type)(points, None, number)
+    i, j = pair.tolist()
+    return FarthestPair(i, j, distance.item())
+
+
+def k_dispersion(
+    points: Tensor | np.ndarray,
+    k: int,
+    *,
+    objective: str = "max-min",
+    metric: str = "euclidean",
+    refine: bool = True,
+    mask: Tensor | np.ndarray | None = None,
+    backend: str | None = None,
+) -> Selection:
+    """Chooses k points far from each other: greedy from the exact farthest pair, then swaps.
+
+    Parameters
+    ----------
+    points : Tensor or array of shape (n, d), or (n, n) distances with ``metric="precomputed"``
+        As in `k_center`.
+    k : int
+        From 1 to the number of allowed points.
+    objective : {"max-min", "max-sum"}
+        Make the smallest pairwise distance large (the order of `k_center` with ``start="farthest-pair"``), or the
+        sum of them.
+    metric : {"euclidean", "sqeuclidean", "cosine", "manhattan", "precomputed"}
+    refine : bool, default True
+        Swap chosen points for better ones afterwards, as long as the objective grows, up to a fixed number of
+        swaps. Takes a few times as long as the greedy part; a swapped-in point stands at the position of the one
+        that it replaced.
+    mask : bool Tensor or array of shape (n,), optional
+        Points that are False are as if absent.
+    backend : str, optional
+
+    Returns
+    -------
+    Selection
+        ``objective`` is the smallest or the total pairwise distance; with k = 1, where there is no pair, infinity or
+        0. ``bound`` is an upper bound on what any k points can have. For max-min: twice the covering radius of the
+        first k − 1 greedy choices (four times for the squared metrics sqeuclidean and cosine), or the diameter if
+        that is less. For max-sum: the smaller of the diameter times the number of pairs and a bound by detours over
+        the middle of the chosen points. Precomputed distances must obey the triangle inequality for it.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument.
+
+    Examples
+    --------
+    >>> import torch, protofast as pf
+    >>> points = torch.tensor([[0.0], [1.0], [5.0], [6.0], [10.0]])
+    >>> pf.k_dispersion(points, 3).indices
+    tensor([0, 4, 2])
+    """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective is {objective!r}; choose one of {', '.join(map(repr, OBJECTIVES))}")
+    number = metric_number(metric)
+    points, mask = points_and_mask(points, number, mask)
+    k = number_to_choose(k, points, mask)
+    device = points.device.type
+    run = overload("k_dispersion", device, backend)
+    indices, value, bound = run(points, mask, k, OBJECTIVES.index(objective), number, bool(refine))
+    cover = overload("cover", device, backend)(points, indices, mask, number)
+    return Selection(indices, *cover, value, bound)

@@ -1,0 +1,128 @@
+"""Checks of what selections are given. Those that look at values are skipped while torch.compile traces."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._ops.selection import METRICS, PRECOMPUTED
+
+LARGEST = 1e150
+"""Coordinates beyond it have squares that float64 cannot hold."""
+ROWS = 4096
+
+
+def tensor(name: str, value: Tensor | np.ndarray) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name} is a {type(value).__name__}; give a tensor or a numpy array")
+    if any(stride < 0 for stride in value.strides) or not value.flags.writeable:
+        value = value.copy()  # torch cannot share these
+    return torch.from_numpy(value)
+
+
+def metric_number(metric: str) -> int:
+    if metric not in METRICS:
+        raise ValueError(f"metric is {metric!r}; choose one of {', '.join(map(repr, METRICS))}")
+    return METRICS.index(metric)
+
+
+def points_and_mask(
+    points: Tensor | np.ndarray, metric: int, mask: Tensor | np.ndarray | None = None
+) -> tuple[Tensor, Tensor | None]:
+    points = tensor("points", points)
+    if points.ndim != 2:
+        raise ValueError(f"points has shape {tuple(points.shape)}; give (n, d)")
+    if points.shape[0] == 0:
+        raise ValueError(f"points has shape {tuple(points.shape)}; there must be at least one point")
+    if points.is_complex():
+        raise TypeError(f"points is {points.dtype}; give real numbers")
+    if not points.is_floating_point():
+        points = points.double()
+    if metric == PRECOMPUTED and points.shape[0] != points.shape[1]:
+        raise ValueError(f"points has shape {tuple(points.shape)}; metric='precomputed' takes (n, n) distances")
+    if mask is not None:
+        mask = tensor("mask", mask)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask is {mask.dtype}; give bool")
+        if mask.shape != points.shape[:1]:
+            raise ValueError(f"mask has shape {tuple(mask.shape)}; give one value a point, ({points.shape[0]},)")
+        if mask.device != points.device:
+            raise ValueError(f"mask is on {mask.device}; move it to the points' {points.device}")
+    if not torch.compiler.is_compiling():
+        _check_values(points, metric, mask)
+    return points, mask
+
+
+def _check_values(points: Tensor, metric: int, mask: Tensor | None) -> None:
+    if mask is not None and not bool(mask.any()):
+        raise ValueError("mask is False everywhere; at least one point must be allowed")
+    if points.shape[1] == 0:
+        return
+    precomputed = metric == PRECOMPUTED
+    low, high = (0.0, float("inf")) if precomputed else (-LARGEST, LARGEST)
+    needs = "distances ≥ 0 (infinity allowed)" if precomputed else f"finite numbers of at most {LARGEST:g}"
+    least, most = points.aminmax()
+    if not (least >= low and most <= high):  # NaN compares False
+        for start in range(0, points.shape[0], ROWS):
+            rows = points[start : start + ROWS]
+            bad = ~((rows >= low) & (rows <= high))
+            if mask is not None:
+                bad &= mask[start : start + ROWS, None]
+                if precomputed:
+                    bad &= mask
+            if bad.any():
+                row, column = bad.nonzero()[0].tolist()
+                value = rows[row, column].item()
+                raise ValueError(f"points holds {value} in row {start + row}, column {column}; give {needs}")
+    if precomputed:
+        wrong = points.diagonal() != 0
+        if mask is not None:
+            wrong &= mask
+        if wrong.any():
+            row = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"points[{row}, {row}] is {points[row, row].item()}; the distance of a point to itself must be 0 "
+                "(points.fill_diagonal_(0))"
+            )
+
+
+def number_to_choose(k: int, points: Tensor, mask: Tensor | None) -> int:
+    try:
+        k = operator.index(k)
+    except TypeError:
+        raise TypeError(f"k is {k!r}; give an integer") from None
+    allowed = points.shape[0]
+    if mask is not None and not torch.compiler.is_compiling():
+        allowed = int(mask.sum())
+    if not 1 <= k <= allowed:
+        raise ValueError(f"k is {k}; give 1 to {allowed}, the number of {'allowed ' if mask is not None else ''}points")
+    return k
+
+
+def index_list(
+    name: str, given: Tensor | np.ndarray | Sequence[int], k: int, points: Tensor, mask: Tensor | None
+) -> Tensor:
+    """Distinct, allowed indices as an int64 tensor (m,), 1 ≤ m ≤ k, on the points' device."""
+    if not isinstance(given, (Tensor, np.ndarray)):
+        given = torch.tensor([operator.index(one) for one in given], dtype=torch.int64)
+    index = tensor(name, given)
+    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        raise TypeError(f"{name} is {index.dtype}; give integer indices")
+    if index.ndim != 1 or not 1 <= index.shape[0] <= k:
+        raise ValueError(f"{name} has shape {tuple(index.shape)}; give a list of 1 to k = {k} indices")
+    index = index.to(points.device, torch.int64)
+    if not torch.compiler.is_compiling():
+        least, most = index.aminmax()
+        if least < 0 or most >= points.shape[0]:
+            raise IndexError(f"{name} runs from {int(least)} to {int(most)}; points has 0 to {points.shape[0] - 1}")
+        if index.unique().shape != index.shape:
+            raise ValueError(f"{name} holds an index twice; give each once")
+        if mask is not None and not bool(mask[index].all()):
+            raise ValueError(f"{name} holds index {int(index[~mask[index]][0])}, which mask leaves out")
+    return index
