@@ -2,41 +2,39 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
 namespace protofast {
 namespace {
 
-using torch::headeronly::ScalarType;
-
-Dtype dtype_of(const Tensor& sample) {
-  switch (sample.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::f32;
-    case ScalarType::Double:
-      return Dtype::f64;
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
-    case ScalarType::Half:
-      return Dtype::f16;
-    default:
-      throw std::runtime_error("ddim_step: sample must be float32, float64, bfloat16 or float16");
-  }
-}
-
+// Plain numbers: Tensor::scalar_type() asks torch for each dtype in turn, which shows in the time of a small step.
 int32_t dtype_number(const Tensor& tensor) {
   int32_t number;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &number));
   return number;
 }
 
+int32_t device_type(const Tensor& tensor) {
+  int32_t type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+  return type;
+}
+
+Dtype dtype_of(const Tensor& sample) {
+  const int32_t number = dtype_number(sample);
+  if (number == aoti_torch_dtype_float32()) return Dtype::f32;
+  if (number == aoti_torch_dtype_float64()) return Dtype::f64;
+  if (number == aoti_torch_dtype_bfloat16()) return Dtype::bf16;
+  if (number == aoti_torch_dtype_float16()) return Dtype::f16;
+  throw std::runtime_error("ddim_step: sample must be float32, float64, bfloat16 or float16");
+}
+
 Tensor empty_strided(const Tensor& like, const int64_t* strides) {
-  int32_t device_type;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle made;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(like.dim(), like.sizes().data(), strides, dtype_number(like),
-                                                  device_type, like.get_device_index(), &made));
+                                                  device_type(like), like.get_device_index(), &made));
   return Tensor(made);
 }
 
@@ -114,19 +112,22 @@ bool overlaps(const Operand& out, const Operand& in, const Layout& layout, size_
   return static_cast<char*>(out.data) < end(in) && static_cast<char*>(in.data) < end(out);
 }
 
-void check_like(const char* name, const Tensor& tensor, const Tensor& sample) {
-  const auto sizes = tensor.sizes(), wanted = sample.sizes();
-  bool same = sizes.size() == wanted.size() && dtype_number(tensor) == dtype_number(sample);
-  for (size_t axis = 0; same && axis < sizes.size(); ++axis) same = sizes[axis] == wanted[axis];
-  STD_TORCH_CHECK(same, name, " must have the sample's shape and dtype");
-  STD_TORCH_CHECK(tensor.is_cpu() == sample.is_cpu() && tensor.get_device_index() == sample.get_device_index(), name,
-                  " must be on the sample's device");
+void check_device(const char* name, const Tensor& tensor, const Tensor& sample) {
+  STD_TORCH_CHECK(device_type(tensor) == device_type(sample) && tensor.get_device_index() == sample.get_device_index(),
+                  name, " must be on the sample's device");
 }
 
-void check_steps(const char* name, const Tensor& steps, const Tensor& sample, ScalarType dtype) {
-  STD_TORCH_CHECK(steps.scalar_type() == dtype, name, " has the wrong dtype");
-  STD_TORCH_CHECK(steps.is_cpu() == sample.is_cpu() && steps.get_device_index() == sample.get_device_index(), name,
-                  " must be on the sample's device");
+void check_like(const char* name, const Tensor& tensor, const Tensor& sample) {
+  const auto sizes = tensor.sizes(), wanted = sample.sizes();
+  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), wanted.begin(), wanted.end()) &&
+                      dtype_number(tensor) == dtype_number(sample),
+                  name, " must have the sample's shape and dtype");
+  check_device(name, tensor, sample);
+}
+
+void check_steps(const char* name, const Tensor& steps, const Tensor& sample, int32_t dtype) {
+  STD_TORCH_CHECK(dtype_number(steps) == dtype, name, " has the wrong dtype");
+  check_device(name, steps, sample);
 }
 
 int64_t step_stride(const char* name, const Tensor& steps, const Tensor& sample) {
@@ -147,9 +148,9 @@ void run_ddim_step_out(Launch launch, const DdimInputs& in, const Tensor& prev, 
   if (in.noise) check_like("noise", *in.noise, sample);
   check_like("prev_sample", prev, sample);
   if (x0) check_like("pred_original_sample", *x0, sample);
-  check_steps("alphas_cumprod", in.alphas, sample, ScalarType::Double);
-  check_steps("timestep", in.timestep, sample, ScalarType::Long);
-  check_steps("prev_timestep", in.prev_timestep, sample, ScalarType::Long);
+  check_steps("alphas_cumprod", in.alphas, sample, aoti_torch_dtype_float64());
+  check_steps("timestep", in.timestep, sample, aoti_torch_dtype_int64());
+  check_steps("prev_timestep", in.prev_timestep, sample, aoti_torch_dtype_int64());
   args.timestep_stride = step_stride("timestep", in.timestep, sample);
   args.prev_timestep_stride = step_stride("prev_timestep", in.prev_timestep, sample);
   if (sample.numel() == 0) return;
@@ -158,7 +159,7 @@ void run_ddim_step_out(Launch launch, const DdimInputs& in, const Tensor& prev, 
   const Tensor output = layout.fit(in.output);
   const auto cond = in.cond ? std::optional(layout.fit(*in.cond)) : std::nullopt;
   const auto noise = in.noise ? std::optional(layout.fit(*in.noise)) : std::nullopt;
-  const Tensor alphas = torch::stable::contiguous(in.alphas);
+  const Tensor alphas = in.alphas.is_contiguous() ? in.alphas : torch::stable::contiguous(in.alphas);
   args.sample = layout.operand(layout.sample());
   args.output = layout.operand(output);
   if (cond) args.cond = layout.operand(*cond);

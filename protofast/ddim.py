@@ -102,7 +102,7 @@ class DDIMSchedule:
     @property
     def alphas_cumprod(self) -> Tensor:
         """Cumulative alphas (T,), float64, on the CPU."""
-        return self._on(torch.device("cpu"))[0][1:]
+        return self._on(torch.device("cpu"))[0][1:].clone()
 
     def _on(self, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The table with timestep −1 first, and a 0-d tensor of every timestep, on `device`."""

@@ -1,6 +1,7 @@
 """pf.diffusion against closed forms: the exact denoiser of a normal distribution is linear, and so is its DDIM map."""
 
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -343,7 +344,7 @@ def test_round_trip_error_falls_as_one_over_the_steps(spacing):
         return (sample(Denoiser(), noise, SCHEDULE, n, spacing=spacing) - images()).abs().max().item()
 
     errors = [error(n) for n in (25, 50, 100, 200)]
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in pairwise(errors):
         assert 0.35 < fine / coarse < 0.65
     assert errors[-1] < 0.05
 

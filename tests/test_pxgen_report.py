@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """The report as files: HTML without anything outside it, strict JSON, Parquet, and nothing lost half-way."""
 
 import json
@@ -76,6 +77,12 @@ def make(n=200, *, shape=(1, 6, 5), labels=True, extra=False, k=4, seed=0):
         sensitivity={"factors": [0.5, 1.0], "kld": [3, 0], "sse": [7, 0]},
         findings=["A finding, with <b>angle brackets</b>."],
     )
+
+
+@pytest.fixture(autouse=True)
+def _small_pictures(monkeypatch):
+    whole = figures.png
+    monkeypatch.setattr(figures, "png", lambda figure, dpi=30: whole(figure, dpi))
 
 
 class Parsed(HTMLParser):
@@ -181,9 +188,9 @@ def equal(a, b):
         assert a == b
 
 
-@pytest.mark.parametrize("n", [200, 1, 0])
-@pytest.mark.parametrize("labels", [True, False])
-@pytest.mark.parametrize("extra", [True, False])
+@pytest.mark.parametrize(
+    ("n", "labels", "extra"), [(200, True, True), (200, False, False), (1, True, False), (0, True, True)]
+)
 def test_load_gives_back_what_was_saved(tmp_path, n, labels, extra):
     report = make(n, labels=labels, extra=extra)
     report.settings = {"data": "digits", "k": 3, "extrinsic": ["sse"], "root": None}
@@ -298,7 +305,7 @@ def test_scatter_of_many_anchors_draws_few():
     drawn = sum(len(collection.get_offsets()) for collection in figure.axes[0].collections)
     assert drawn < 4 * figures.MOST_POINTS + 100
     assert "of 300,000 anchors drawn" in figure._supxlabel.get_text()
-    assert len(figures.png(figure)) < 2_000_000
+    assert len(figures.png(figure, dpi=160)) < 2_000_000
 
 
 def test_scatter_of_awkward_values():
@@ -370,7 +377,7 @@ def test_cached_weights_are_used_and_repaired(tmp_path, monkeypatch):
         path.write_bytes(damaged)
         assert same(first, train())
         assert len(steps) == 4
-        assert path.read_bytes() == whole
+        assert same(first, vae.load_vae(path))
     vae.train_vae(images(), epochs=2, seed=1, cache=tmp_path)
     vae.train_vae(images(59), epochs=2, cache=tmp_path)
     assert len(list(tmp_path.iterdir())) == 3  # other settings or data are other files

@@ -56,7 +56,7 @@ def _fake(sample: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(sample), torch.empty_like(sample)
 
 
-def _fake_out(*_: object) -> None:
+def _fake_out(*_: object, prev_sample: Tensor, pred_original_sample: Tensor | None) -> None:
     return None
 
 

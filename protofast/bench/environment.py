@@ -37,7 +37,9 @@ def flags() -> dict[str, Any]:
     """Settings that change speed or precision."""
     return {
         "threads": torch.get_num_threads(),
-        "blas_threads": {k: v for k in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS") if (v := os.environ.get(k))},
+        "blas_threads": {
+            k: v for k in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS") if (v := os.environ.get(k))
+        },
         "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
         "tf32_cudnn": torch.backends.cudnn.allow_tf32,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),

@@ -54,7 +54,9 @@ def check_targets(spec: Spec, case: Case, device: str, rows: list[dict[str, Any]
                 measured = row["seconds"]["p50"]
             elif target.against in row["faster_than"]:
                 measured = row["faster_than"][target.against]["p50"]
-        met = measured is not None and (measured <= target.bound if target.against is None else measured >= target.bound)
+        met = measured is not None and (
+            measured <= target.bound if target.against is None else measured >= target.bound
+        )
         found.append(
             {
                 "op": spec.op,
@@ -74,7 +76,20 @@ def to_csv(result: dict[str, Any]) -> str:
     others = sorted({other for row in result["rows"] for other in row["faster_than"]})
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    plain = ["op", "case", "device", "contender", "role", "rounds", "inner", "limit", "bytes", "flops", "error", "wrong"]
+    plain = [
+        "op",
+        "case",
+        "device",
+        "contender",
+        "role",
+        "rounds",
+        "inner",
+        "limit",
+        "bytes",
+        "flops",
+        "error",
+        "wrong",
+    ]
     spread = ["seconds", "wall", "times_limit"]
     writer.writerow(
         [*plain, "peak_memory", *(f"{s}_{q}" for s in spread for q in ("p20", "p50", "p80"))]
@@ -94,7 +109,8 @@ def to_markdown(result: dict[str, Any]) -> str:
     hardware, flags = where["hardware"], where["flags"]
     gpu = f"{hardware['gpu']} (sm {hardware['capability']}, driver {hardware['driver']}), " if "gpu" in hardware else ""
     rates = ", ".join(
-        f"{name} {rate / 1e9:,.1f} {'GB/s' if name == 'copy' else 'GFLOP/s'}" for name, rate in result["machine"].items()
+        f"{name} {rate / 1e9:,.1f} {'GB/s' if name == 'copy' else 'GFLOP/s'}"
+        for name, rate in result["machine"].items()
     )
     lines = [
         f"# {hardware.get('gpu', hardware['cpu'])}",
@@ -116,8 +132,18 @@ def to_markdown(result: dict[str, Any]) -> str:
         lines += [f"| {_target(t)} | {_measured(t)} | {'yes' if t['met'] else '**no**'} |" for t in result["targets"]]
     for op in dict.fromkeys(row["op"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["op"] == op]
+        limits = {row["contender"] for row in rows if row["role"] == "limit"}
         wall = any(row["wall"] for row in rows)
-        head = ["case", "contender", "median", "p20–p80", *(["wall"] if wall else []), "× limit", "peak memory", "error"]
+        head = [
+            "case",
+            "contender",
+            "median",
+            "p20–p80",
+            *(["wall"] if wall else []),
+            "× limit",
+            "peak memory",
+            "error",
+        ]
         lines += ["", f"## {op}", "", "| " + " | ".join([*head, "faster than"]) + " |", "|---" * (len(head) + 1) + "|"]
         for row in rows:
             spread, limit = row["seconds"], row["times_limit"]
@@ -128,7 +154,8 @@ def to_markdown(result: dict[str, Any]) -> str:
             cells.append(f"{limit['p50']:.2f}" if limit else "")
             cells.append(_bytes(row["peak_memory"]))
             cells.append("**wrong** " * row["wrong"] + (f"{row['error']:.1e}" if row["error"] is not None else ""))
-            cells.append(", ".join(f"{o} {r['p50']:.3g}×" for o, r in row["faster_than"].items()))
+            others = [(o, r["p50"]) for o, r in row["faster_than"].items() if o not in limits]
+            cells.append(", ".join(f"{other} {times:.3g}×" for other, times in others))
             lines.append("| " + " | ".join(cells) + " |")
     if result["skipped"]:
         lines += ["", "## Left out", ""]
@@ -160,7 +187,9 @@ def compare(new: dict[str, Any], old: dict[str, Any]) -> tuple[str, int]:
         past = before.get(_key(row))
         if past is None or row["role"] == "limit":
             continue
-        unit = "times_limit" if row["times_limit"] and past["times_limit"] and row["limit"] == past["limit"] else "seconds"
+        unit = (
+            "times_limit" if row["times_limit"] and past["times_limit"] and row["limit"] == past["limit"] else "seconds"
+        )
         now, then = row[unit], past[unit]
         verdict = "same"
         if now["p20"] > then["p80"] * _NOISE:

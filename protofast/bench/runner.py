@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from protofast import _ops
+from protofast._backend import BackendUnavailableError, backend_info
 
 from . import environment, memory, results
-from .spec import OURS, Call, Case, Spec, copy_limit, matmul_limit
+from .spec import OURS, Call, Case, Skip, Spec, copy_limit, matmul_limit
 from .specs import SPECS
-from .timing import Timing, interleave, once, quantiles, ratio
+from .timing import interleave, once, quantiles, ratio
 
 SHAPES = ("quick", "full")
 _BUDGET = {"quick": 2.0, "full": 5.0}
@@ -87,6 +88,7 @@ def run(
         "seed": seed,
         "environment": environment.environment(device),
         "machine": machine(device),
+        "backends": {op: chosen[device] for op, chosen in backend_info().ops.items()},
         "rows": [],
         "skipped": [],
         "targets": [],
@@ -94,7 +96,10 @@ def run(
     started = time.monotonic()
     for done, (spec, case) in enumerate(work):
         progress(done, len(work), f"{spec.op} {case.name}")
-        rows, skipped = measure(spec, case, device, backends=backends, budget=budget, seed=seed)
+        try:
+            rows, skipped = measure(spec, case, device, backends=backends, budget=budget, seed=seed)
+        except Exception as error:  # such as too little memory for the inputs: the other cases still count
+            rows, skipped = [], [_left_out(spec, case, "every contender", error)]
         result["rows"] += rows
         result["skipped"] += skipped
         result["targets"] += results.check_targets(spec, case, device, rows)
@@ -128,7 +133,7 @@ def measure(
     errors: dict[str, float] = {}
     skipped = []
     for name, prepare in spec.contenders.items():
-        if backends and name.startswith(OURS) and name.removeprefix(f"{OURS} ") not in backends:
+        if backends and name in {f"{OURS} {b}" for b in _ops.BACKENDS if b not in backends}:
             continue
         try:
             call = prepare(inputs)
@@ -140,8 +145,7 @@ def measure(
                 errors[name] = spec.error(output, reference, inputs)
             del output
         except Exception as error:  # whatever is wrong with one contender, the others are measured
-            text = f"{type(error).__name__}: {error}" if type(error).__name__ != "Skip" else str(error)
-            skipped.append({"op": spec.op, "case": case.name, "contender": name, "reason": text.strip().split("\n")[0]})
+            skipped.append(_left_out(spec, case, name, error))
         else:
             calls[name] = call
     del reference
@@ -189,6 +193,13 @@ def measure(
     return rows, skipped
 
 
+def _left_out(spec: Spec, case: Case, contender: str, error: Exception) -> dict[str, str]:
+    expected = isinstance(error, Skip | BackendUnavailableError | ImportError)
+    text = str(error) if expected else f"{type(error).__name__}: {error}"
+    reason = (text.strip() or type(error).__name__).splitlines()[0]
+    return {"op": spec.op, "case": case.name, "contender": contender, "reason": reason}
+
+
 def machine(device: str) -> dict[str, float]:
     """Rates of this machine now: bytes a second of a streaming copy, flops a second of square products."""
     size = 1 << (30 if device == "cuda" else 28)
@@ -210,6 +221,3 @@ def _limit_blas(threads: int) -> None:
     except ImportError:
         return
     threadpool_limits(threads)
-
-
-__all__ = ["SHAPES", "Timing", "choose", "machine", "measure", "run"]

@@ -5,8 +5,8 @@
 """
 
 from .adapters import Adapter, DiffusionAdapter, FunctionAdapter, GeneratorAdapter, VAEAdapter
-from .analysis import CriteriaError, explain
-from .criteria import CRITERIA, Criterion, feature_distance, register_criterion
+from .analysis import explain
+from .criteria import CRITERIA, CriteriaError, Criterion, feature_distance, register_criterion
 from .discovery import PAPER_CODE
 from .noise import Noise
 from .result import GROUPS, GroupSummary, Report, Representatives, Threshold

@@ -111,7 +111,7 @@ class _Model:
                 digest.update(name.encode())
                 if isinstance(value, Tensor):
                     raw = value.detach().cpu().contiguous().reshape(-1)
-                    digest.update(memoryview(raw.view(torch.uint8).numpy()) if raw.numel() else b"")
+                    digest.update(raw.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def __repr__(self) -> str:
@@ -164,13 +164,12 @@ class VAEAdapter(_Model):
         super().__init__([model], {"sample_latent": sample_latent, "flatten": flatten})
         self.model, self.sample_latent, self.flatten = model, sample_latent, flatten
         self.latent_shape = None if latent_shape is None else tuple(latent_shape)
-        self._image_shape: tuple[int, ...] | None = None
 
     @_evaluating
     def analyse(self, images: Tensor, noise: Noise, needs: frozenset[str]) -> State:
         x = images.to(self.device, self.dtype)
         mean, log_variance = self._encode(x.flatten(1) if self.flatten else x)
-        self.latent_shape, self._image_shape = tuple(mean.shape[1:]), tuple(images.shape[1:])
+        self.latent_shape = tuple(mean.shape[1:])
         z = mean
         if self.sample_latent:
             z = mean + (log_variance / 2).exp() * noise.normal(*mean.shape[1:]).to(mean)
@@ -196,8 +195,8 @@ class VAEAdapter(_Model):
         parts = output[-2:] if isinstance(output, tuple | list) else ()
         if len(parts) != 2 or not all(isinstance(part, Tensor) for part in parts) or parts[0].shape != parts[1].shape:
             raise TypeError(
-                f"{'encode' if encode else 'forward'} of the model returned {_describe(output)}; it must return the mean "
-                "and the log variance of q(z|x), two tensors of one shape (B, …)"
+                f"{'encode' if encode else 'forward'} of the model returned {_describe(output)}; it must return the "
+                "mean and the log variance of q(z|x), two tensors of one shape (B, …)"
             )
         if len(parts[0]) != len(x):
             raise ValueError(
@@ -207,11 +206,7 @@ class VAEAdapter(_Model):
 
     def _decode(self, z: Tensor) -> Tensor:
         output = self.model.decode(z)
-        images = getattr(output, "sample", output)
-        if isinstance(images, Tensor) and images.ndim == 2 and self._image_shape is not None:
-            if images[0].numel() == torch.Size(self._image_shape).numel():
-                images = images.reshape(-1, *self._image_shape)
-        return images
+        return getattr(output, "sample", output)
 
 
 class DiffusionAdapter(_Model):
@@ -482,8 +477,8 @@ def as_adapter(model: Any) -> Adapter:
     if callable(getattr(model, "encode", None)) and callable(getattr(model, "decode", None)):
         return VAEAdapter(model)
     raise TypeError(
-        f"model is a {type(model).__name__} without encode(x) and decode(z); wrap it in a VAEAdapter, DiffusionAdapter, "
-        "GeneratorAdapter or FunctionAdapter of protofast.pxgen"
+        f"model is a {type(model).__name__} without encode(x) and decode(z); wrap it in a VAEAdapter, "
+        "DiffusionAdapter, GeneratorAdapter or FunctionAdapter of protofast.pxgen"
     )
 
 

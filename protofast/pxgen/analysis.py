@@ -21,7 +21,7 @@ from . import groups as grouping
 from . import thresholds as limits
 from .adapters import Adapter, as_adapter
 from .anchors import Anchors, open_anchors, read, warn_of_range
-from .criteria import Criterion, resolve
+from .criteria import CriteriaError, Criterion, resolve
 from .noise import GENERATION, REPEAT, Noise
 from .result import GROUPS, Report, Representatives, Threshold
 from .store import Store
@@ -33,20 +33,6 @@ CRITERIA, LABELS, EMBEDDING = "criteria.f8", "labels.i8", "embedding.f4"
 
 Progress = Callable[[str, int | None, int], Callable[[int], None]]
 """(description, total, already done) → function that advances the bar."""
-
-
-class CriteriaError(ValueError):
-    """A criterion is NaN or infinite for some anchors.
-
-    Attributes
-    ----------
-    criteria : dict of str to ndarray
-        What was computed, so that nothing is lost.
-    """
-
-    def __init__(self, message: str, criteria: dict[str, np.ndarray]) -> None:
-        super().__init__(message)
-        self.criteria = criteria
 
 
 def explain(
@@ -182,7 +168,7 @@ def explain(
         store = Store(folder, run.identity(), durable=work_dir is not None)
         try:
             criteria, own_labels = run.measure(store, bars, kept=work_dir is not None)
-            estimated = run.thresholds(store, bars, given, method, percentile, iterations, generations)
+            estimated = run.thresholds(store, bars, criteria, given, method, percentile, iterations, generations)
             found = [given.get(criterion.name) or estimated[criterion.name] for criterion in run.criteria]
             kinds = {criterion.name: criterion.kind for criterion in run.criteria}
             values = {threshold.criterion: threshold.value for threshold in found}
@@ -252,9 +238,15 @@ class _Run:
         self.adapter, self.criteria, self.anchors = adapter, criteria, anchors
         self.value_range, self.batch_size, self.seed = value_range, batch_size, seed
         self.features = features.detach().cpu().numpy() if isinstance(features, Tensor) else features
-        if self.features == "latents" if isinstance(self.features, str) else False:
+        if self.features_name == "latents":
             _provided(adapter, "features='latents'", {"latent"})
         self.image_shape: tuple[int, ...] = ()
+        self._check_features(anchors.count)
+
+    def _check_features(self, count: int | None) -> None:
+        given = self.features
+        if isinstance(given, np.ndarray) and (given.ndim != 2 or (count is not None and len(given) != count)):
+            raise ValueError(f"features has shape {given.shape}; give (n, d), one row for each of {count} anchors")
 
     @property
     def features_name(self) -> str:
@@ -293,8 +285,8 @@ class _Run:
             raise
         except (RuntimeError, IndexError) as error:
             raise ValueError(
-                f"the model or a criterion failed on anchors of shape {tuple(images.shape)}: {error}. Anchors must have "
-                "the format of the model's images"
+                f"the model or a criterion failed on anchors of shape {tuple(images.shape)}: {error}. Anchors must "
+                "have the format of the model's images"
             ) from error
 
     def evaluate(
@@ -329,8 +321,8 @@ class _Run:
         if not isinstance(found, Tensor) or found.shape != images.shape:
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(
-                f"the model's {what} has shape {got}, and the anchors {tuple(images.shape)}; anchors must have the format "
-                "of the model's images"
+                f"the model's {what} has shape {got}, and the anchors {tuple(images.shape)}; anchors must have the "
+                "format of the model's images"
             )
         return found.detach().float()
 
@@ -375,7 +367,7 @@ class _Run:
             if len(wrong):
                 raise CriteriaError(
                     f"criterion {name!r} is not finite for {len(wrong)} of {len(values)} anchors; the first is anchor "
-                    f"{wrong[0]} ({values[wrong[0]]}). Leave these anchors out, or mend the model or the criterion.{where}",
+                    f"{wrong[0]} ({values[wrong[0]]}). Leave them out, or mend the model or the criterion.{where}",
                     criteria,
                 )
 
@@ -383,6 +375,7 @@ class _Run:
         self,
         store: Store,
         bars: Progress,
+        criteria: dict[str, np.ndarray],
         given: Mapping[str, Threshold],
         method: str,
         percentile: float,
@@ -411,15 +404,19 @@ class _Run:
                 advance(len(numbers))
             return np.concatenate(parts)
 
-        found = limits.estimate(
-            wanted,
-            generate,
-            store,
-            method=method,
-            percentile=percentile,
-            iterations=iterations,
-            generations=generations,
-        )
+        try:
+            found = limits.estimate(
+                wanted,
+                generate,
+                store,
+                method=method,
+                percentile=percentile,
+                iterations=iterations,
+                generations=generations,
+            )
+        except CriteriaError as error:
+            error.criteria = criteria
+            raise
         return {threshold.criterion: threshold for threshold in found}
 
     def discover(
@@ -433,11 +430,7 @@ class _Run:
         k: int,
     ) -> tuple[list[Representatives], list[str]]:
         """Representatives of every group that has members, by every algorithm."""
-        if isinstance(self.features, np.ndarray):
-            if self.features.ndim != 2 or len(self.features) != len(membership):
-                raise ValueError(
-                    f"features has shape {self.features.shape}; give one row for each of {len(membership)} anchors"
-                )
+        self._check_features(len(membership))
         every = discover.standardised(criteria) if self.features_name == "criteria" else None
         found, remarks = [], []
         for group in shown:

@@ -48,7 +48,9 @@ def open_anchors(anchors: Any, labels: Any, names: Sequence[str] | None, value_r
         rows = _TakeRows(anchors, value_range)
         labels = getattr(anchors, "labels", None) if labels is None else labels
         names = getattr(anchors, "names", None) if names is None else names
-    elif isinstance(anchors, torch.utils.data.DataLoader) or not hasattr(anchors, "__getitem__"):
+    elif isinstance(anchors, torch.utils.data.IterableDataset):
+        raise TypeError("anchors is an IterableDataset; give a DataLoader of it, which makes batches")
+    elif isinstance(anchors, torch.utils.data.DataLoader) or not hasattr(anchors, "__getitem__") or _batched(anchors):
         return _Stream(anchors, labels, names, value_range)
     else:
         rows = _ItemRows(anchors, value_range)
@@ -121,6 +123,11 @@ class _ItemRows:
         for number in numbers:
             item = self.data[int(number)]
             image, *rest = item if isinstance(item, tuple | list) else (item,)
+            if not isinstance(image, Tensor | np.ndarray):
+                raise TypeError(
+                    f"anchor {number} is a {type(image).__name__}; give tensors (C, H, W), for a torchvision dataset "
+                    "through transform=ToTensor()"
+                )
             images.append(torch.as_tensor(image))
             labels += [int(rest[0])] if rest and _is_label(rest[0]) else []
         shapes = {tuple(image.shape) for image in images}
@@ -226,6 +233,12 @@ def _digest(count: int | None, images: Tensor) -> str:
     digest = hashlib.blake2b(repr((count, tuple(images.shape))).encode(), digest_size=16)
     digest.update(images.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _batched(anchors: Any) -> bool:
+    """Whether it is a list of batches rather than of images."""
+    item = anchors[0] if len(anchors) else None
+    return getattr(item[0] if isinstance(item, tuple | list) else item, "ndim", 0) == 4
 
 
 def _is_label(value: Any, count: int | None = None) -> bool:

@@ -13,12 +13,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .._optional import need
 
 KINDS = ("intrinsic", "extrinsic")
+
+
+class CriteriaError(ValueError):
+    """A criterion is NaN or infinite for some anchors or generations.
+
+    Attributes
+    ----------
+    criteria : dict of str to ndarray
+        The anchors' criteria, as far as they were computed: nothing is lost.
+    """
+
+    def __init__(self, message: str, criteria: dict[str, np.ndarray]) -> None:
+        super().__init__(message)
+        self.criteria = criteria
 
 
 @dataclass(frozen=True)
@@ -179,8 +194,12 @@ def dssim(images: Tensor, reconstruction: Tensor, *, value_range: tuple[float, f
     # torchmetrics takes the window's size from σ: 2·int(3.5 σ + ½) + 1.
     sigma = 1.5 if size == 11 else (size // 2) / 3.5
     span = value_range[1] - value_range[0]
-    value = ssim(reconstruction, images, sigma=sigma or 1e-3, data_range=span, reduction="none")
-    return (1 - value.double()) / 2
+    # Only windows inside the image count, as in the original; torchmetrics pads, and has averaged both ways.
+    arguments = {"sigma": sigma or 1e-3, "data_range": span, "reduction": "none", "return_full_image": True}
+    full = ssim(reconstruction.double(), images.double(), **arguments)[1]
+    edge = size // 2
+    inside = full[..., edge : full.shape[-2] - edge, edge : full.shape[-1] - edge]
+    return (1 - inside.flatten(1).mean(1)) / 2
 
 
 def feature_distance(extractor: Callable[[Tensor], Tensor], name: str = "feature_distance") -> Criterion:

@@ -65,19 +65,20 @@ def scatter(report: Report) -> Figure:
         for column, intrinsic in enumerate(inner):
             axes = figure.add_subplot(len(outer), len(inner), row * len(inner) + column + 1)
             _panel(axes, report, intrinsic, extrinsic, drawn)
-    figure.axes[0].legend(
-        loc="lower left",
-        bbox_to_anchor=(0, 1.01),
-        ncols=5,
-        frameon=False,
-        fontsize=9,
-        handletextpad=0.2,
-        columnspacing=1.2,
-    )
-    shown = sum(map(len, drawn.values()))
-    if shown < len(report):
+    if len(report):
+        figure.axes[0].legend(
+            loc="lower left",
+            bbox_to_anchor=(0, 1.01),
+            ncols=5,
+            frameon=False,
+            fontsize=9,
+            handletextpad=0.2,
+            columnspacing=1.2,
+        )
+    count = sum(map(len, drawn.values()))
+    if count < len(report):
         figure.supxlabel(
-            f"{shown:,} of {len(report):,} anchors drawn: at most {MOST_POINTS:,} of each group, at random",
+            f"{count:,} of {len(report):,} anchors drawn: at most {MOST_POINTS:,} of each group, at random",
             fontsize=8,
             color=_FAINT,
             x=0.99,
@@ -190,11 +191,11 @@ class _Scale:
             positive = finite[finite > 0]
             # A handful of values next to 0 must not squeeze all the others: they are drawn at the edge.
             self.low, self.high = max(float(positive.min()), float(low) / 100), float(finite.max())
-            room = (self.high / self.low) ** 0.04
+            room = max((self.high / self.low) ** 0.04, 1.05)
             self.limits = self.low / room, self.high * room
         else:
             self.low, self.high = float(finite.min()), float(finite.max())
-            room = 0.04 * (self.high - self.low) or 0.5
+            room = 0.04 * (self.high - self.low) or 0.5 * abs(self.high) or 0.5
             self.limits = self.low - room, self.high + room
 
     def place(self, values: np.ndarray) -> np.ndarray:

@@ -52,7 +52,7 @@ class Noise:
         philox = np.random.Philox(key=[self.seed, self.stream])
         state, rng = philox.state, np.random.Generator(philox)
         values = np.empty((len(self), *shape), np.float32)
-        for number, row in zip(self.numbers, values.reshape(len(self), -1), strict=True):
+        for number, row in zip(self.numbers, values, strict=True):
             state["state"]["counter"][:] = 0, self._draws, number, self.iteration
             philox.state = state  # cheaper than a new generator for every sample
             rng.standard_normal(out=row, dtype=np.float32)

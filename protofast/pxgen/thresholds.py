@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from .criteria import Criterion
+from .criteria import CriteriaError, Criterion
 from .result import Threshold
 from .store import Store
 
@@ -70,9 +70,10 @@ def estimate(
         wrong = ~np.isfinite(values)
         if wrong.any():
             column = int(wrong.any(0).argmax())
-            raise ValueError(
+            raise CriteriaError(
                 f"criterion {names[column]!r} is not finite for {int(wrong[:, column].sum())} of {len(values)} samples "
-                f"that the model generated (iteration {iteration}); check the model, or give thresholds={{...}}"
+                f"that the model generated (iteration {iteration}); check the model, or give thresholds={{...}}",
+                {},
             )
         rows.append(np.percentile(values, percentile if method == "percentile" else 100.0, axis=0).tolist())
         store.save_json(file, rows)

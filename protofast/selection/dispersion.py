@@ -118,5 +118,5 @@ def k_dispersion(
     device = points.device.type
     run = overload("k_dispersion", device, backend)
     indices, value, bound = run(points, mask, k, OBJECTIVES.index(objective), number, bool(refine))
-    cover = overload("cover", device, backend)(points, indices, mask, number)
-    return Selection(indices, *cover, value, bound)
+    radii, labels, distances = overload("cover", device, backend)(points, indices, mask, number)
+    return Selection(indices, radii, labels, distances, value, bound)

@@ -14,7 +14,7 @@ from torch import Tensor
 from protofast._ops import implement
 from protofast._ops.prototype import COSINE, DOT, EUCLIDEAN, kernel_size, patch_grid, result_dtype, windows
 
-_ELEMENTS = 1 << 20  # float64 numbers in the largest temporary: 8 MiB
+_ELEMENTS = 1 << 18  # float64 numbers in the largest temporary: 2 MiB, which caches hold
 _RUN = 512  # patches in a block
 _LARGEST = torch.finfo(torch.float64).max
 

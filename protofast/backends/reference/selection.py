@@ -192,7 +192,7 @@ def _bound_sum(space: Space, chosen: Tensor, diameter: Tensor) -> Tensor:
     if metric == PRECOMPUTED:
         detour = torch.stack([space.to(c).topk(k).values.sum() for c in chosen]).min() * (k - 1)
     else:
-        center = sum(space.coordinates(c.reshape(1)) for c in chosen) / k
+        center = torch.cat([space.coordinates(c.reshape(1)) for c in chosen]).mean(0, keepdim=True)
         far = space.to_vector(center).topk(k).values.sum()
         if metric == MANHATTAN:
             detour = far * (k - 1)
@@ -224,12 +224,9 @@ def k_medoids(points: Tensor, initial: Tensor, metric: int, max_iter: int) -> tu
     return medoids, torch.tensor(settled, device=space.device)
 
 
-for _name, _kernel in {
-    "k_center": k_center,
-    "cover": cover,
-    "farthest_pair": farthest_pair,
-    "nearest_to_mean": nearest_to_mean,
-    "k_dispersion": k_dispersion,
-    "k_medoids": k_medoids,
-}.items():
-    implement(_name, "reference", ["default"], _kernel)
+implement("k_center", "reference", ["default"], k_center)
+implement("cover", "reference", ["default"], cover)
+implement("farthest_pair", "reference", ["default"], farthest_pair)
+implement("nearest_to_mean", "reference", ["default"], nearest_to_mean)
+implement("k_dispersion", "reference", ["default"], k_dispersion)
+implement("k_medoids", "reference", ["default"], k_medoids)

@@ -1,7 +1,7 @@
 """Every spec, by op."""
 
 from ..spec import Spec
-from . import ddim, importing, prototype, selection
+from . import ddim, importing, prototype, pxgen, selection
 
 SPECS: dict[str, Spec] = {
     spec.op: spec
@@ -12,6 +12,7 @@ SPECS: dict[str, Spec] = {
         selection.FARTHEST_PAIR,
         selection.K_DISPERSION,
         selection.K_MEDOIDS,
+        pxgen.SPEC,
         importing.SPEC,
     )
 }

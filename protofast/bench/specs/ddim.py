@@ -70,9 +70,9 @@ def _protofast(inputs: Any, backend: str) -> Call:
 
 def _diffusers(as_tensor: bool):
     def prepare(inputs: Any) -> Call:
-        from diffusers import DDIMScheduler
+        import diffusers
 
-        scheduler = DDIMScheduler(clip_sample=bool(inputs.clip), clip_sample_range=inputs.clip or 1.0)
+        scheduler: Any = diffusers.DDIMScheduler(clip_sample=bool(inputs.clip), clip_sample_range=inputs.clip or 1.0)
         scheduler.set_timesteps(_STEPS, device=inputs.device)
         step = next(t for t in scheduler.timesteps if int(t) == _NOW) if as_tensor else _NOW
         x, e = inputs.x, inputs.e

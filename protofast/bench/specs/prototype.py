@@ -115,7 +115,7 @@ def _error(output: Any, reference: Any, inputs: Any) -> float:
 
 
 def _tolerance(inputs: Any) -> float:
-    """bfloat16 products keep 8 bits of sums of some tens; one near-tie in hundreds moves a gradient's norm by percents."""
+    """bfloat16 keeps 8 bits of sums of some tens; one near-tie in hundreds moves a gradient's norm by percents."""
     if inputs.x.dtype in (torch.bfloat16, torch.float16):
         return 0.5
     return 0.1 if inputs.train else 1e-2

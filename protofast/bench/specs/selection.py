@@ -47,7 +47,7 @@ def _numpy(inputs: Any) -> np.ndarray:
 # k-center
 
 
-def _greedy(points: Tensor, k: int, first: list[int]) -> tuple[list[int], Tensor]:
+def greedy(points: Tensor, k: int, first: list[int]) -> tuple[list[int], Tensor]:
     """Farthest-first in the points' own dtype by the direct form: chosen indices, and distances to them."""
     chosen = list(first)
     nearest = torch.stack([(points - points[i]).square().sum(1) for i in chosen]).amin(0)
@@ -101,11 +101,14 @@ def _torch_cluster(inputs: Any) -> Call:
 
 
 def _fpsample(inputs: Any) -> Call:
-    from fpsample import fps_npdu_kdtree_sampling, fps_sampling
+    """Its fastest function; in few dimensions that is the bucket tree, which starts where it likes."""
+    import fpsample
 
     points, k = _numpy(inputs), inputs.k
-    sampling = fps_npdu_kdtree_sampling if points.shape[1] <= 3 else fps_sampling
-    return lambda: torch.from_numpy(sampling(points, k, start_idx=0).astype(np.int64))
+    if points.shape[1] <= 8:
+        height = 7 if len(points) > 20_000 else 5
+        return lambda: torch.from_numpy(fpsample.bucket_fps_kdline_sampling(points, k, h=height).astype(np.int64))
+    return lambda: torch.from_numpy(fpsample.fps_sampling(points, k, start_idx=0).astype(np.int64))
 
 
 def _skmatter(inputs: Any) -> Call:
@@ -115,21 +118,22 @@ def _skmatter(inputs: Any) -> Call:
     return lambda: torch.from_numpy(VoronoiFPS(n_to_select=k, initialize=0).fit(points).selected_idx_.astype(np.int64))
 
 
-def _radius(inputs: Any, chosen: Tensor) -> float:
-    return float(_greedy(inputs.points.double(), 0, chosen.tolist())[1].max())
-
-
-def _k_center_reference(inputs: Any) -> tuple[Tensor, float]:
-    chosen, nearest = _greedy(inputs.points.double(), inputs.k, [0])
-    return torch.tensor(chosen), float(nearest.max())
+def _k_center_reference(inputs: Any) -> tuple[list[int], float]:
+    chosen, nearest = greedy(inputs.points.double(), inputs.k, [0])
+    return chosen, float(nearest.max())
 
 
 def _k_center_error(output: Any, reference: Any, inputs: Any) -> float:
-    """Covering radius, recomputed in float64, over the float64 greedy's; minus 1. Late near-ties move it a little."""
-    chosen = output.cpu()
-    if torch.equal(chosen, reference[0]):
+    """Covering radius, recomputed in float64, against the float64 greedy's from the same start; minus 1.
+
+    float32 near-ties change late choices, and so the radius a little.
+    """
+    chosen = output.cpu().tolist()
+    if chosen == reference[0]:
         return 0.0
-    return abs(_radius(inputs, chosen) / reference[1] - 1)
+    points = inputs.points.double()
+    radius = reference[1] if chosen[0] == 0 else float(greedy(points, inputs.k, chosen[:1])[1].max())
+    return abs(float(greedy(points, 0, chosen)[1].max()) / radius - 1)
 
 
 def _point_bytes(inputs: Any) -> int:
@@ -174,7 +178,7 @@ K_CENTER = Spec(
 # farthest pair and k-dispersion
 
 
-def _farthest_exact(points: Tensor) -> tuple[int, int, float]:
+def farthest_exact(points: Tensor) -> tuple[int, int, float]:
     """float64, direct form, over the points that a bound by distances from the mean leaves."""
     points = points.double()
     from_mean = (points - points.mean(0)).square().sum(1).sqrt()
@@ -233,7 +237,7 @@ FARTHEST_PAIR = Spec(
         "torch.cdist in blocks": lambda i: lambda: _farthest_blocked(i.points),
         "scipy hull": lambda i: lambda: _farthest_hull(torch.from_numpy(_numpy(i))),
     },
-    reference=lambda inputs: _farthest_exact(inputs.points),
+    reference=lambda inputs: farthest_exact(inputs.points),
     error=_pair_error,
     tolerance=lambda inputs: 1e-3,  # torch.cdist's product form in float32
     limits=_READ,
@@ -247,7 +251,7 @@ def _with_backend(function: Any, backend: str, *arguments: Any) -> Any:
         return function(*arguments)
 
 
-def _spread(points: Tensor, chosen: Tensor) -> float:
+def spread(points: Tensor, chosen: Tensor) -> float:
     """Smallest pairwise distance."""
     some = points[chosen.to(points.device)].double()
     d = (some[:, None] - some).square().sum(2).sqrt()
@@ -256,20 +260,20 @@ def _spread(points: Tensor, chosen: Tensor) -> float:
 
 def _dispersion_error(output: Any, reference: Any, inputs: Any) -> float:
     """How far the smallest pairwise distance falls short of the float64 greedy's; better counts as 0."""
-    return max(0.0, 1 - _spread(inputs.points, output) / reference)
+    return max(0.0, 1 - spread(inputs.points, output) / reference)
 
 
 def _dispersion_loop(farthest: Any):
     def prepare(inputs: Any) -> Call:
-        return lambda: torch.tensor(_greedy(inputs.points, inputs.k, list(farthest(inputs.points)[:2]))[0])
+        return lambda: torch.tensor(greedy(inputs.points, inputs.k, list(farthest(inputs.points)[:2]))[0])
 
     return prepare
 
 
 def _dispersion_reference(inputs: Any) -> float:
-    i, j, _ = _farthest_exact(inputs.points)
-    chosen = torch.tensor(_greedy(inputs.points.double(), inputs.k, [i, j])[0])
-    return _spread(inputs.points, chosen)
+    i, j, _ = farthest_exact(inputs.points)
+    chosen = torch.tensor(greedy(inputs.points.double(), inputs.k, [i, j])[0])
+    return spread(inputs.points, chosen)
 
 
 K_DISPERSION = Spec(

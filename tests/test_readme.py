@@ -1,0 +1,101 @@
+"""Every command and snippet in the README and docs is run, or checked against what would run it."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import protofast as pf
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")])
+
+
+def blocks(language: str) -> list:
+    found = []
+    for page in PAGES:
+        for number, block in enumerate(re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)):
+            found.append(pytest.param(block, id=f"{page.name}-{number}"))
+    return found
+
+
+def commands() -> list:
+    lines = []
+    for parameter in blocks("sh"):
+        for line in parameter.values[0].replace("\\\n", " ").splitlines():
+            if command := line.split("#")[0].strip():
+                lines.append(pytest.param(command, id=f"{parameter.id}: {command}"))
+    return lines
+
+
+class TinyVAE(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = torch.nn.Linear(64, 8), torch.nn.Linear(4, 64)
+
+    def encode(self, x):
+        return self.down(x.flatten(1)).chunk(2, 1)
+
+    def decode(self, z):
+        return self.up(z).sigmoid().reshape(-1, 1, 8, 8)
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_snippet(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names = {
+        "pf": pf,
+        "torch": torch,
+        "np": np,
+        "vae": TinyVAE(),
+        "images": torch.rand(60, 1, 8, 8),
+        "features": torch.rand(2, 8, 5, 5),
+        "prototypes": torch.rand(4, 8),
+        "x": torch.randn(2, 1, 8, 8),
+        "prediction": torch.randn(2, 1, 8, 8),
+        "points": torch.randn(200, 3),
+        "unet": lambda x, t: 0.1 * x,
+        "generator": lambda z: torch.sigmoid(z.reshape(-1, 1, 8, 8)),
+        "my_distance": lambda images, rebuilt: (images - rebuilt).abs().flatten(1).amax(1),
+    }
+    exec(compile(code, "<snippet>", "exec"), names)
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command(command, tmp_path):
+    words = [word for word in shlex.split(command) if "=" not in word.split("/")[0] or word.startswith("-")]
+    program, *arguments = words
+    if program == "make":
+        run = ["make", "--dry-run", *arguments]
+    elif program in ("pip", "uv"):
+        pytest.skip("installs are tested in test_build.py")
+    elif program == "protofast":
+        run = [sys.executable, "-m", "protofast.cli", *small(arguments, tmp_path)]
+    elif program == "python":
+        run = [sys.executable, *small(arguments, tmp_path)]
+    else:
+        pytest.fail(f"no way to check {command!r}")
+    result = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+
+
+def small(arguments: list[str], folder: Path) -> list[str]:
+    """The same command at a size for a test, and writing where a test may."""
+    line = " ".join(arguments)
+    if "fashion-mnist" in line:
+        try:
+            pf.data.load("fashion-mnist")
+        except Exception as error:
+            pytest.skip(str(error))
+    sized = [str(folder / "out") if previous == "--out" else word for previous, word in zip([""] + arguments, arguments)]
+    if "pxgen" in arguments or "demo" in arguments:
+        sized += ["--epochs", "1", "--iterations", "2", "--generations", "200"]
+    if "bench" in arguments or "benchmarks" in line:
+        sized += ["--help"]
+    return sized
