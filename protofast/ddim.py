@@ -218,12 +218,11 @@ def ddim_step(
             raise ValueError(f"timestep {timestep} has cumulative alpha 1 (no noise), where this step is undefined")
 
     dtype = sample.dtype
-    given = [t for t in (model_output, cond_output, noise) if t is not None]
-    wide = dtype
-    for tensor in given:
-        if tensor.dtype != wide:
-            wide = torch.promote_types(wide, tensor.dtype)
-    if any(t.dtype != wide for t in (sample, *given)):  # mixed, as under autocast
+    wide, mixed = dtype, False
+    for tensor in (model_output, cond_output, noise):
+        if tensor is not None and tensor.dtype != dtype:  # as under autocast
+            wide, mixed = torch.promote_types(wide, tensor.dtype), True
+    if mixed:
         model_output = model_output.to(wide)
         cond_output = None if cond_output is None else cond_output.to(wide)
         noise = None if noise is None else noise.to(wide)
@@ -242,11 +241,22 @@ def ddim_step(
         1.0 if guidance_scale is None else guidance_scale,
     )
     device = sample.device.type
+    differentiates = torch.is_grad_enabled() and (
+        sample.requires_grad
+        or model_output.requires_grad
+        or (cond_output is not None and cond_output.requires_grad)
+        or (noise is not None and noise.requires_grad)
+    )
     if out is None:
-        result = overload("ddim_step", device, backend)(*inputs)
-        return DDIMStep(*result) if wide == dtype else DDIMStep(*(r.to(dtype) for r in result))
+        step = overload("ddim_step", device, backend)
+        if differentiates or torch.compiler.is_compiling():
+            result = step(*inputs)
+        else:  # torch's autograd layer of an op with a formula in Python takes longer than a small step
+            with torch._C._AutoDispatchBelowAutograd():
+                result = step(*inputs)
+        return DDIMStep._make(result if wide == dtype else (r.to(dtype) for r in result))
     prev_out, x0_out = _outputs(out, sample)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (sample, *given, *_there(prev_out, x0_out))):
+    if differentiates or (torch.is_grad_enabled() and any(t.requires_grad for t in _there(prev_out, x0_out))):
         raise ValueError("out= cannot be used where a gradient is needed; leave it out, or use torch.no_grad()")
     if wide == dtype and not _tangled(_there(prev_out, x0_out), _there(*inputs[:4])):
         overload("ddim_step_out", device, backend)(*inputs, prev_sample=prev_out, pred_original_sample=x0_out)
@@ -334,7 +344,7 @@ def _outputs(out: Tensor | tuple[Tensor, Tensor], sample: Tensor) -> tuple[Tenso
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; it must be {sample.dtype} "
                 f"{tuple(sample.shape)} on {sample.device}, as the sample is"
             )
-        if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        if not tensor.is_contiguous() and any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
             raise ValueError(f"{name} is expanded (stride 0), so its elements share memory; give it memory of its own")
     if len(pair) == 1:
         return pair[0], None
@@ -350,6 +360,8 @@ def _outputs(out: Tensor | tuple[Tensor, Tensor], sample: Tensor) -> tuple[Tenso
 def _span(tensor: Tensor) -> tuple[int, int]:
     """The first address of a tensor, and the one after its last."""
     first = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return first, first + tensor.nbytes
     if tensor.numel() == 0:
         return first, first
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -364,12 +376,11 @@ def _tangled(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
     """Whether writing an output might change an input before it is read. Elements in the same places are safe."""
     if torch.compiler.is_compiling():  # functionalization keeps them apart
         return False
+    spans = [(t, *_span(t)) for t in inputs]
     for o in outputs:
-        for t in inputs:
-            if t is o or (t.data_ptr() == o.data_ptr() and t.stride() == o.stride()):
-                continue
-            (first, end), (other_first, other_end) = _span(o), _span(t)
-            if first < other_end and other_first < end:
+        first, end = _span(o)
+        for t, other_first, other_end in spans:
+            if first < other_end and other_first < end and (first != other_first or t.stride() != o.stride()):
                 return True
     return False
 
@@ -384,9 +395,9 @@ def _timestep(name: str, value: int | Tensor, steps: tuple[Tensor, ...], sample:
         if value.device != sample.device:
             raise ValueError(f"{name} is on {value.device}; move it to the sample's {sample.device}")
         if value.device.type == "cpu" and value.numel() and not torch.compiler.is_compiling():
-            low, high = value.aminmax()
+            low, high = (int(end) for end in value.aminmax())  # as ints: -1 and 999 would wrap in an 8-bit tensor
             if low < -1 or high > last:
-                raise IndexError(f"{name} has values from {int(low)} to {int(high)}; the schedule has -1 to {last}")
+                raise IndexError(f"{name} has values from {low} to {high}; the schedule has -1 to {last}")
         return value if value.dtype == torch.int64 else value.long()
     if not (isinstance(value, int) or hasattr(value, "__index__")):
         raise TypeError(f"{name} is {value!r}; give an int or an integer tensor")

@@ -555,7 +555,12 @@ def test_npy_reads_only_the_batch(tmp_path):
     assert images[0].min() == 1
     assert images[1].max() == 0
     assert data[len(data) - 1][0].max() == 0
-    assert data.subset(range(0, 4000, 1000)).take(slice(0, 2)).shape == (2, 1, 32, 32)
+    part = data.subset(range(0, 4000, 1000))
+    assert part.take(slice(0, 2)).shape == (2, 1, 32, 32)
+    sent = pickle.dumps(part)
+    assert len(sent) < 10_000
+    assert torch.equal(pickle.loads(sent)[0][0], images[0])
+    assert np.array_equal(pickle.loads(pickle.dumps(data.images[1:3])), data.images[1:3])
 
 
 def test_npy_labels(tmp_path):

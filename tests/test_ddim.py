@@ -41,12 +41,16 @@ def reference_coefficients(now, prev, eta, kind):
         return [EXACT(str(value)) for value in (a, b, c, d, prev.sqrt(), q, sigma)]
 
 
-def check(result, x, m, t, s, *, schedule=SCHEDULE, eta=0.0, noise=None, kind="epsilon", clip=None, scale=None, backend):
+def check(
+    result, x, m, t, s, *, schedule=SCHEDULE, eta=0.0, noise=None, kind="epsilon", clip=None, scale=None, backend
+):
     """Asserts that both results of a step are as exact as the arithmetic allows."""
     values = schedule._values
     steps = np.broadcast_arrays(np.atleast_1d(np.asarray(t)), np.atleast_1d(np.asarray(s)))
     rows = [reference_coefficients(values[i + 1], values[j + 1], eta, kind) for i, j in zip(*steps, strict=True)]
-    a, b, c, d, p, q, sigma = (np.array(column, EXACT).reshape(-1, *[1] * (x.ndim - 1)) for column in zip(*rows, strict=True))
+    a, b, c, d, p, q, sigma = (
+        np.array(column, EXACT).reshape(-1, *[1] * (x.ndim - 1)) for column in zip(*rows, strict=True)
+    )
     sample = exact(x)
     if scale is None:
         output = exact(m)
@@ -105,12 +109,10 @@ def test_any_shape(backend, device, shape, per_sample, x0_too):
     with poison():
         result = pf.ddim_step(x, m, now, 2, SCHEDULE, backend=backend)
     check(result, x, m, t, 2, backend=backend)
-    out = torch.full_like(x, math.nan)
-    out = (out, torch.full_like(x, math.nan)) if x0_too else out
-    written = pf.ddim_step(x, m, now, 2, SCHEDULE, out=out, backend=backend)
-    check(written[: 1 + x0_too], x, m, t, 2, backend=backend) if x0_too else check(
-        (written[0], result[1]), x, m, t, 2, backend=backend
-    )
+    prev_out, x0_out = torch.full_like(x, math.nan), torch.full_like(x, math.nan) if x0_too else result[1]
+    out = (prev_out, x0_out) if x0_too else prev_out
+    pf.ddim_step(x, m, now, 2, SCHEDULE, out=out, backend=backend)
+    check((prev_out, x0_out), x, m, t, 2, backend=backend)
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0, 4), (1,), (1, 1), (1, 1, 1, 1)], ids=str)
@@ -319,13 +321,11 @@ BAD = {
     "out dtype": (dict(out=(X.clone(), X.double())), ValueError, r"out\[1\] is torch.float64"),
     "out expanded": (dict(out=X[:1].expand(2, 3)), ValueError, "out is expanded"),
     "out twice": (dict(out=(M, M)), ValueError, r"out\[0\] and out\[1\] share memory"),
-    "out shifted": (dict(out=tuple(torch.zeros(9)[i : i + 6].view(2, 3) for i in (0, 3))), None, None),
     "out three": (dict(out=(X, X, X)), ValueError, "out has 3 parts"),
     "out grad": (dict(sample=X.clone().requires_grad_(), out=M), ValueError, "out= cannot be used where a gradient"),
     "out leaf": (dict(out=X.clone().requires_grad_()), ValueError, "out= cannot be used where a gradient"),
     "backend": (dict(backend="cuda"), ValueError, "backend is 'cuda'; choose one of 'reference'"),
 }
-del BAD["out shifted"]
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -369,7 +369,9 @@ def test_opcheck(backend, device):
     for arguments in (op_arguments(device, requires_grad=True), op_arguments(device, clip=1.0)):
         torch.library.opcheck(overload("ddim_step", device, backend), arguments, test_utils=tests)
     x, m, _, _, *rest = op_arguments(device)
-    torch.library.opcheck(overload("ddim_step", device, backend), (x.mT, m, None, None, *rest), test_utils=tests)
+    torch.library.opcheck(
+        overload("ddim_step", device, backend), (x.mT.contiguous().mT, m, None, None, *rest), test_utils=tests
+    )
     step_out = overload("ddim_step_out", device, backend)
     for second in (None, torch.empty_like(x)):
         written = {"prev_sample": torch.empty_like(x), "pred_original_sample": second}
@@ -525,11 +527,9 @@ def test_schedules_are_those_of_diffusers(beta_schedule, timesteps):
     # diffusers multiplies in float32: the rounding of every 1 − beta and every product accumulates.
     rounding = 3 * torch.arange(1, timesteps + 1) * torch.finfo(torch.float32).eps / 2
     error = (scheduler.alphas_cumprod.double() / ours.alphas_cumprod - 1).abs()
-    slack = torch.finfo(torch.float32).eps / (1 - scheduler.betas.double()).cumprod(0).diff(
-        prepend=torch.ones(1, dtype=torch.float64)
-    ).abs().clamp(min=1e-3)
-    last = -1 if beta_schedule == "squaredcos_cap_v2" else None  # its last beta is 0.999, so 1 − beta keeps 14 bits
-    assert (error <= rounding + 0 * slack)[:last].all()
+    if beta_schedule == "squaredcos_cap_v2":  # its last beta is 0.999, and 1 − 0.999 keeps 14 of 24 bits
+        rounding[-1] += 2**10 * torch.finfo(torch.float32).eps
+    assert (error <= rounding).all()
     taken = pf.DDIMSchedule.from_diffusers(scheduler)
     assert torch.equal(taken.alphas_cumprod, scheduler.alphas_cumprod.double())
     betas = pf.DDIMSchedule.from_betas(scheduler.betas)

@@ -237,6 +237,34 @@ def test_clip_range_bounds_the_image():
     assert clipped.max() <= 1
 
 
+def test_clip_range_bounds_the_image_that_is_inverted():
+    def nothing(x, t):
+        return torch.zeros_like(x)
+
+    image = 3 * images()
+    noise = invert(nothing, image, SCHEDULE, 5, clip_range=(0.0, 1.0))
+    expected = SCHEDULE.alphas_cumprod[-1].sqrt() * image.clamp(0, 1)
+    torch.testing.assert_close(noise, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_on_the_gpu_as_on_the_cpu(kind):
+    class Moved(Denoiser):
+        def __init__(self, device):
+            super().__init__(kind)
+            self.alphas = self.alphas.to(device)
+
+    def run(device):
+        generator = torch.Generator().manual_seed(0)  # on the CPU for both
+        x = invert(Moved(device), images().to(device), SCHEDULE, 10, prediction_type=kind)
+        x = add_noise(x, noises().to(device), torch.tensor([3, 5, 7, 999], device=device), SCHEDULE)
+        options = {"eta": 0.5, "generator": generator, "prediction_type": kind}
+        return sample(Moved(device), x, SCHEDULE, 10, **options).cpu()
+
+    torch.testing.assert_close(run("cuda"), run("cpu"), rtol=0, atol=1e-10)
+
+
 def test_no_gradient_is_kept():
     weight = torch.ones(1, requires_grad=True)
     result = sample(lambda x, t: x * weight, torch.randn(2, 3), SCHEDULE, 2)

@@ -69,7 +69,7 @@ def test_tsplib(name):
 def test_mdplib(path, objective):
     n, m = (int(part[1:]) for part in path.stem.split("_")[-2:])
     square = np.zeros((n, n))
-    for i, j, distance in np.loadtxt(path, skiprows=1):
+    for i, j, distance in np.loadtxt(path.read_text().splitlines()[1:]):
         square[int(i) - 1, int(j) - 1] = square[int(j) - 1, int(i) - 1] = distance
     plain, refined = (
         pf.k_dispersion(square, m, objective=objective, metric="precomputed", refine=refine) for refine in (False, True)

@@ -2,7 +2,7 @@
 
 `metric` is an index into METRICS, `objective` into OBJECTIVES. Labels are positions in the list of chosen indices.
 Distances are float64: they are what the choice was decided by. Points outside `mask` are as if absent; they get
-label -1 and distance NaN. `initial` holds at least one index, none twice, none outside the mask.
+label -1 and distance infinity. `initial` holds at least one index, none twice, none outside the mask.
 """
 
 import torch

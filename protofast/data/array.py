@@ -14,14 +14,25 @@ _SAFETENSORS = {"U8": "u1", "BOOL": "?", "F16": "f2", "BF16": "f4", "F32": "f4",
 """Their dtype names; NumPy has no bfloat16, so that is read as float32."""
 
 
+class _Mapped(np.memmap):
+    """Goes to another process (a worker of a DataLoader) as the path of its file, not as all its contents."""
+
+    path: Path | None = None  # of the whole map alone; views of it do not inherit it
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return super().__reduce_ex__(protocol) if self.path is None else (open_npy, (self.path,))
+
+
 def open_npy(path: Path) -> np.ndarray:
     """The array of a .npy file, memory-mapped for reading."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False).view(_Mapped)
     except (ValueError, EOFError) as error:
         raise DataError(
             f"{path} is not a whole .npy file of numbers ({error}); write it again with numpy.save"
         ) from error
+    mapped.path = path
+    return mapped
 
 
 class SafetensorsRows:

@@ -6,10 +6,10 @@ Every criterion is a function of named batches, (B, …) → (B,); smaller means
 from __future__ import annotations
 
 import functools
-import importlib.util
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -264,18 +264,19 @@ def lpips(images: Tensor, reconstruction: Tensor, *, value_range: tuple[float, f
 
 @functools.cache
 def _lpips_network(device: str) -> torch.nn.Module:
-    if importlib.util.find_spec("torchvision") is None:
-        raise ImportError("criterion 'lpips' needs torchvision: pip install torchvision")
-    need("torchmetrics", "pxgen")
+    try:
+        import_module("torchvision")
+    except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
+        cure = "pip install torchvision, in the version made for this torch"
+        raise ImportError(f"criterion 'lpips' needs torchvision, and it could not be imported ({error}): {cure}") from error
+    lpip = need("torchmetrics.image.lpip", "pxgen")
     weights = Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET
     if not weights.exists():
         raise FileNotFoundError(
             f"criterion 'lpips' needs AlexNet's weights at {weights}; put torchvision's {ALEXNET} there "
             "(python -c 'import torchvision; torchvision.models.alexnet(weights=\"DEFAULT\")' fetches it)"
         )
-    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-
-    return LearnedPerceptualImagePatchSimilarity("alex").net.to(device).eval()
+    return lpip.LearnedPerceptualImagePatchSimilarity("alex").net.to(device).eval()
 
 
 register_criterion("kld", kld, "intrinsic", ("mean", "log_variance"))

@@ -22,7 +22,7 @@ class Selection:
         Position in `indices` of the nearest chosen point, the lowest one among equals; −1 for points that `mask`
         leaves out.
     distances : float64 Tensor of shape (n,)
-        Distance to that point; NaN for points that `mask` leaves out.
+        Distance to that point; infinity for points that `mask` leaves out.
     objective : float64 Tensor of shape ()
         What was optimised: the covering radius (`k_center`), the smallest or the total pairwise distance
         (`k_dispersion`), the sum of `distances` (`k_medoids`). Takes part in arithmetic and formatting like a float.

@@ -14,7 +14,6 @@ from .space import Space, direct_cdist
 
 ROUNDING = 2.0**-53
 CELL = 256
-COLUMNS = 8192
 AXES = 32  # of the projection that is tried before the full inner product
 
 
@@ -148,8 +147,7 @@ class _Search:
             if not other:
                 continue
             columns = torch.cat([cells[number + o] for o in other])
-            step = max(CELL, min(COLUMNS, 16 * space.tile // max(space.dim, 1)))
-            for some in columns.split(step):
+            for some in columns.split(max(CELL, space.tile // CELL)):
                 if space.metric == MANHATTAN:
                     a, b = self._by_distance(near, cell, some)
                 else:
@@ -165,13 +163,16 @@ class _Search:
     def _by_product(
         self, near: Tensor, rows: Tensor, columns: Tensor, left: Tensor, right: Tensor, center: Tensor, slack: Tensor
     ) -> tuple[Tensor, Tensor]:
-        least = self.best * (1 - self.relative) - slack
-        hit = left[rows] @ right[columns].T >= least
-        if left.shape[1] < self.space.dim:  # the projection dropped axes
-            rows, columns = rows[hit.any(1)], columns[hit.any(0)]
-            x, y = (self.space.coordinates(near[at]) - center for at in (rows, columns))
-            product = torch.addmm(y.square().sum(1), x, y.T, alpha=-2)
-            hit = product >= least - x.square().sum(1, keepdim=True)
+        space, least = self.space, self.best * (1 - self.relative) - slack
+        product = left[rows] @ right[columns].T
+        some = product.amax(1) >= least
+        if not some.any():
+            return rows[:0], rows[:0]
+        rows, hit = rows[some], product[some] >= least
+        if left.shape[1] < space.dim:  # the projection dropped axes
+            columns = columns[hit.any(0)]
+            x, y = (space.coordinates(near[at]) - center for at in (rows, columns))
+            hit = torch.addmm(y.square().sum(1), x, y.T, alpha=-2) >= least - x.square().sum(1, keepdim=True)
         a, b = hit.nonzero().unbind(1)
         return rows[a], columns[b]
 

@@ -43,7 +43,7 @@ def k_center(
         space.index(chosen).clone(),
         space.distance(radii),
         space.spread(labels, -1),
-        space.spread(space.distance(values), math.nan),
+        space.spread(space.distance(values), math.inf),
     )
 
 

@@ -49,10 +49,10 @@ def _numpy(inputs: Any) -> np.ndarray:
 
 def greedy(points: Tensor, k: int, first: list[int]) -> tuple[list[int], Tensor]:
     """Farthest-first in the points' own dtype by the direct form: chosen indices, and distances to them."""
-    chosen = list(first)
-    nearest = torch.stack([(points - points[i]).square().sum(1) for i in chosen]).amin(0)
-    while len(chosen) < k:
-        chosen.append(int(nearest.argmax()))
+    chosen: list[int] = []
+    nearest = torch.full((len(points),), torch.inf, dtype=points.dtype, device=points.device)
+    while len(chosen) < max(k, len(first)):
+        chosen.append(first[len(chosen)] if len(chosen) < len(first) else int(nearest.argmax()))
         nearest = torch.minimum(nearest, (points - points[chosen[-1]]).square().sum(1))
     return chosen, nearest.sqrt()
 
