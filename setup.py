@@ -37,14 +37,14 @@ def missing() -> str | None:
     try:
         import torch  # noqa: F401
     except ImportError:
-        return f"torch is not importable in the build environment; install torch, setuptools, wheel and ninja, then `{REINSTALL}`"
+        return f"torch is not importable in the build environment; install torch, setuptools, wheel, ninja, then `{REINSTALL}`"
     if shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0]) is None:
         return f"no C++ compiler was found; install g++ 11 or clang 14 or newer (or set CXX), then `{REINSTALL}`"
     return None
 
 
 def cuda_home() -> Path | None:
-    """The CUDA toolkit of CUDA_HOME, of the nvcc on PATH (it may be a wrapper, so it is asked), or of /usr/local/cuda."""
+    """The CUDA toolkit: CUDA_HOME, that of the nvcc on PATH (it may be a wrapper, so it is asked), /usr/local/cuda."""
     if os.environ.get("PROTOFAST_BUILD_CUDA") == "0" and not FORCE_CUDA:
         return None
     places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
@@ -71,7 +71,8 @@ def native() -> dict:
             "protofast: PROTOFAST_FORCE_CUDA=1, but no nvcc was found; install the CUDA toolkit, or set CUDA_HOME to it"
         )
     if home is not None:
-        version = re.search(r"release ([\d.]+)", subprocess.check_output([home / "bin" / "nvcc", "--version"], text=True))[1]
+        banner = subprocess.check_output([home / "bin" / "nvcc", "--version"], text=True)
+        version = re.search(r"release ([\d.]+)", banner)[1]
         if torch_cuda and torch_cuda.split(".")[0] != version.split(".")[0]:
             say(
                 f"warning: nvcc is CUDA {version}, torch is built for CUDA {torch_cuda}; the kernels need a driver for "

@@ -240,7 +240,7 @@ def ddim_step(
         high,
         1.0 if guidance_scale is None else guidance_scale,
     )
-    device = sample.device.type
+    device = "cpu" if sample.is_cpu else sample.device.type
     differentiates = torch.is_grad_enabled() and (
         sample.requires_grad
         or model_output.requires_grad
@@ -344,7 +344,9 @@ def _outputs(out: Tensor | tuple[Tensor, Tensor], sample: Tensor) -> tuple[Tenso
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; it must be {sample.dtype} "
                 f"{tuple(sample.shape)} on {sample.device}, as the sample is"
             )
-        if not tensor.is_contiguous() and any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        if not tensor.is_contiguous() and any(
+            stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+        ):
             raise ValueError(f"{name} is expanded (stride 0), so its elements share memory; give it memory of its own")
     if len(pair) == 1:
         return pair[0], None
@@ -387,6 +389,8 @@ def _tangled(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
 
 def _timestep(name: str, value: int | Tensor, steps: tuple[Tensor, ...], sample: Tensor) -> Tensor:
     last = len(steps) - 2
+    if type(value) is int and -1 <= value <= last and not torch.compiler.is_compiling():
+        return steps[value + 1]
     if isinstance(value, Tensor):
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"{name} is a {value.dtype} tensor; give integers")

@@ -179,7 +179,7 @@ def test_guidance_stacked_is_the_pair(backend, device):
 
 def test_in_place_and_out(backend, device):
     x, m, z = draw(2, 3, 8, 8, device=device, count=3)
-    step = dict(schedule=SCHEDULE, timestep=500, prev_timestep=480, eta=0.5, noise=z, backend=backend)
+    step = {"schedule": SCHEDULE, "timestep": 500, "prev_timestep": 480, "eta": 0.5, "noise": z, "backend": backend}
     expected = pf.ddim_step(x, m, **step)
     for write in ("sample", "output", "noise"):
         copies = {"sample": x.clone(), "output": m.clone(), "noise": z.clone()}
@@ -286,52 +286,52 @@ def test_timesteps_outside_give_nan(backend, device, kind):
 
 X, M = torch.zeros(2, 3), torch.zeros(2, 3)
 BAD = {
-    "sample integer": (dict(sample=X.int()), TypeError, "sample is torch.int32"),
-    "sample scalar": (dict(sample=torch.tensor(1.0)), TypeError, r"sample is torch.float32 of shape \(\)"),
-    "prediction": (dict(prediction_type="noise"), ValueError, "prediction_type is 'noise'; choose one of epsilon"),
-    "pair": (dict(model_output=(M, M)), TypeError, "model_output is a pair"),
-    "list": (dict(model_output=[M, M]), TypeError, "model_output is a pair"),
-    "output shape": (dict(model_output=M[:1]), ValueError, r"model_output has shape \(1, 3\)"),
-    "output integer": (dict(model_output=M.int()), TypeError, "model_output is torch.int32"),
-    "output device": (dict(model_output=M.to("meta")), ValueError, "model_output is on meta"),
-    "triple": (dict(model_output=(M, M, M), guidance_scale=2.0), ValueError, "model_output has 3 parts"),
-    "not stacked": (dict(guidance_scale=2.0), ValueError, r"model_output has shape \(2, 3\); .* \(4, 3\)"),
-    "cond shape": (dict(model_output=(M, M[:1]), guidance_scale=2.0), ValueError, r"\(conditional part\) has shape"),
-    "no noise": (dict(eta=0.5), ValueError, "eta is 0.5, so the step needs noise"),
-    "noise": (dict(noise=M), ValueError, "noise was given with eta 0"),
-    "eta high": (dict(eta=1.5, noise=M), ValueError, "eta is 1.5; give a number from 0 to 1"),
-    "eta nan": (dict(eta=math.nan, noise=M), ValueError, "eta is nan"),
-    "noise shape": (dict(eta=0.5, noise=M[0]), ValueError, r"noise has shape \(3,\)"),
-    "clip order": (dict(clip_range=(1.0, -1.0)), ValueError, r"clip_range is \(1.0, -1.0\)"),
-    "clip negative": (dict(clip_range=-1.0), ValueError, "clip_range is -1.0"),
-    "clip nan": (dict(clip_range=(math.nan, 1.0)), ValueError, "clip_range is"),
-    "clip triple": (dict(clip_range=(0.0, 1.0, 2.0)), ValueError, "clip_range is"),
-    "timestep": (dict(timestep=1000), IndexError, "^timestep is 1000; the schedule has -1"),
-    "prev": (dict(prev_timestep=-2), IndexError, "^prev_timestep is -2"),
-    "timestep float": (dict(timestep=5.0), TypeError, "timestep is 5.0; give an int"),
-    "timestep floats": (dict(timestep=torch.tensor([5.0, 4.0])), TypeError, "timestep is a torch.float32 tensor"),
-    "timestep bools": (dict(timestep=torch.tensor([True, False])), TypeError, "timestep is a torch.bool tensor"),
-    "timestep shape": (dict(timestep=torch.tensor([1, 2, 3])), ValueError, r"timestep has shape \(3,\)"),
-    "timestep device": (dict(timestep=torch.zeros(2, dtype=torch.long, device="meta")), ValueError, "is on meta"),
-    "timestep values": (dict(timestep=torch.tensor([1, 1000])), IndexError, "timestep has values from 1 to 1000"),
-    "prev values": (dict(prev_timestep=torch.tensor([-2, 1])), IndexError, "prev_timestep has values from -2 to 1"),
-    "clean": (dict(timestep=-1, prediction_type="sample"), ValueError, "timestep -1 has cumulative alpha 1"),
-    "clean noise": (dict(timestep=-1, eta=0.5, noise=M), ValueError, "timestep -1 has cumulative alpha 1"),
-    "out shape": (dict(out=X[0]), ValueError, r"out is torch.float32 \(3,\)"),
-    "out dtype": (dict(out=(X.clone(), X.double())), ValueError, r"out\[1\] is torch.float64"),
-    "out expanded": (dict(out=X[:1].expand(2, 3)), ValueError, "out is expanded"),
-    "out twice": (dict(out=(M, M)), ValueError, r"out\[0\] and out\[1\] share memory"),
-    "out three": (dict(out=(X, X, X)), ValueError, "out has 3 parts"),
-    "out grad": (dict(sample=X.clone().requires_grad_(), out=M), ValueError, "out= cannot be used where a gradient"),
-    "out leaf": (dict(out=X.clone().requires_grad_()), ValueError, "out= cannot be used where a gradient"),
-    "backend": (dict(backend="cuda"), ValueError, "backend is 'cuda'; choose one of 'reference'"),
+    "sample integer": ({"sample": X.int()}, TypeError, "sample is torch.int32"),
+    "sample scalar": ({"sample": torch.tensor(1.0)}, TypeError, r"sample is torch.float32 of shape \(\)"),
+    "prediction": ({"prediction_type": "noise"}, ValueError, "prediction_type is 'noise'; choose one of epsilon"),
+    "pair": ({"model_output": (M, M)}, TypeError, "model_output is a pair"),
+    "list": ({"model_output": [M, M]}, TypeError, "model_output is a pair"),
+    "output shape": ({"model_output": M[:1]}, ValueError, r"model_output has shape \(1, 3\)"),
+    "output integer": ({"model_output": M.int()}, TypeError, "model_output is torch.int32"),
+    "output device": ({"model_output": M.to("meta")}, ValueError, "model_output is on meta"),
+    "triple": ({"model_output": (M, M, M), "guidance_scale": 2.0}, ValueError, "model_output has 3 parts"),
+    "not stacked": ({"guidance_scale": 2.0}, ValueError, r"model_output has shape \(2, 3\); .* \(4, 3\)"),
+    "cond shape": ({"model_output": (M, M[:1]), "guidance_scale": 2.0}, ValueError, r"\(conditional part\) has shape"),
+    "no noise": ({"eta": 0.5}, ValueError, "eta is 0.5, so the step needs noise"),
+    "noise": ({"noise": M}, ValueError, "noise was given with eta 0"),
+    "eta high": ({"eta": 1.5, "noise": M}, ValueError, "eta is 1.5; give a number from 0 to 1"),
+    "eta nan": ({"eta": math.nan, "noise": M}, ValueError, "eta is nan"),
+    "noise shape": ({"eta": 0.5, "noise": M[0]}, ValueError, r"noise has shape \(3,\)"),
+    "clip order": ({"clip_range": (1.0, -1.0)}, ValueError, r"clip_range is \(1.0, -1.0\)"),
+    "clip negative": ({"clip_range": -1.0}, ValueError, "clip_range is -1.0"),
+    "clip nan": ({"clip_range": (math.nan, 1.0)}, ValueError, "clip_range is"),
+    "clip triple": ({"clip_range": (0.0, 1.0, 2.0)}, ValueError, "clip_range is"),
+    "timestep": ({"timestep": 1000}, IndexError, "^timestep is 1000; the schedule has -1"),
+    "prev": ({"prev_timestep": -2}, IndexError, "^prev_timestep is -2"),
+    "timestep float": ({"timestep": 5.0}, TypeError, "timestep is 5.0; give an int"),
+    "timestep floats": ({"timestep": torch.tensor([5.0, 4.0])}, TypeError, "timestep is a torch.float32 tensor"),
+    "timestep bools": ({"timestep": torch.tensor([True, False])}, TypeError, "timestep is a torch.bool tensor"),
+    "timestep shape": ({"timestep": torch.tensor([1, 2, 3])}, ValueError, r"timestep has shape \(3,\)"),
+    "timestep device": ({"timestep": torch.zeros(2, dtype=torch.long, device="meta")}, ValueError, "is on meta"),
+    "timestep values": ({"timestep": torch.tensor([1, 1000])}, IndexError, "timestep has values from 1 to 1000"),
+    "prev values": ({"prev_timestep": torch.tensor([-2, 1])}, IndexError, "prev_timestep has values from -2 to 1"),
+    "clean": ({"timestep": -1, "prediction_type": "sample"}, ValueError, "timestep -1 has cumulative alpha 1"),
+    "clean noise": ({"timestep": -1, "eta": 0.5, "noise": M}, ValueError, "timestep -1 has cumulative alpha 1"),
+    "out shape": ({"out": X[0]}, ValueError, r"out is torch.float32 \(3,\)"),
+    "out dtype": ({"out": (X.clone(), X.double())}, ValueError, r"out\[1\] is torch.float64"),
+    "out expanded": ({"out": X[:1].expand(2, 3)}, ValueError, "out is expanded"),
+    "out twice": ({"out": (M, M)}, ValueError, r"out\[0\] and out\[1\] share memory"),
+    "out three": ({"out": (X, X, X)}, ValueError, "out has 3 parts"),
+    "out grad": ({"sample": X.clone().requires_grad_(), "out": M}, ValueError, "out= cannot be used where a gradient"),
+    "out leaf": ({"out": X.clone().requires_grad_()}, ValueError, "out= cannot be used where a gradient"),
+    "backend": ({"backend": "cuda"}, ValueError, "backend is 'cuda'; choose one of 'reference'"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_arguments(case):
     arguments, error, message = BAD[case]
-    good = dict(sample=X, model_output=M, timestep=500, prev_timestep=480, schedule=SCHEDULE)
+    good = {"sample": X, "model_output": M, "timestep": 500, "prev_timestep": 480, "schedule": SCHEDULE}
     with pytest.raises(error, match=message):
         pf.ddim_step(**{**good, **arguments})
 
@@ -344,7 +344,7 @@ def test_overlapping_outputs_are_refused():
 
 def test_epsilon_at_zero_alpha_is_refused():
     schedule = pf.DDIMSchedule(torch.tensor([0.9, 0.0]))
-    with pytest.raises(ValueError, match="timestep 1 has cumulative alpha 0 .*v_prediction"):
+    with pytest.raises(ValueError, match=r"timestep 1 has cumulative alpha 0 .*v_prediction"):
         pf.ddim_step(X, M, 1, 0, schedule)
     with pytest.raises(ValueError, match="timestep 1 has cumulative alpha 0"):
         pf.ddim_step(X, M, np.int64(1), 0, schedule)

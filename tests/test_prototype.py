@@ -13,8 +13,12 @@ from hypothesis.extra import numpy as hnp
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import protofast as pf
+from helpers.errors import assert_within
+from helpers.layouts import layouts
+from helpers.poison import poison
 from protofast._ops.prototype import METRICS, PRECISIONS, patch_pixels
 from protofast.backends.reference import prototype as reference
 
@@ -46,32 +50,32 @@ def fsum(terms):
 
 
 def one_distance(x, p, metric):
-    """Distance of one patch to one prototype, and a bound on what float64 may be off."""
+    """Distance of one patch to one prototype, and Σ|terms| times the roundings of a float64 sum."""
     x, p = x.astype(np.float64).ravel(), p.astype(np.float64).ravel()
-    unit = (x.size + 8) * 2.0**-53
+    roundings = x.size + 8
     with np.errstate(all="ignore"):
         if metric == "dot":
-            return -fsum(x * p), unit * fsum(np.abs(x * p))
+            return -fsum(x * p), roundings * fsum(np.abs(x * p))
         if metric == "cosine":
             length = math.sqrt(fsum(x * x)) * math.sqrt(fsum(p * p))
             if length == 0:
                 return 1.0, 0.0
-            return max(0.0, 1 - fsum(x * p) / length), 4 * unit
+            return max(0.0, 1 - fsum(x * p) / length), 4 * roundings
         square = fsum((x - p) ** 2)
-        return (math.sqrt(square) if metric == "euclidean" else square), unit * square
+        return (math.sqrt(square) if metric == "euclidean" else square), roundings * square
 
 
 def oracle_map(features, prototypes, metric):
-    """Distances (B, P, *grid) and bounds, by looping."""
+    """Distances (B, P, *grid) and the terms of their error, by looping."""
     x, p = (t.detach().double().numpy() for t in (features, prototypes))
     sizes = x.shape[2:]
     kernel = p.shape[2:] or (1,) * len(sizes)
     grid = [s - k + 1 for s, k in zip(sizes, kernel, strict=True)]
-    distance, bound = np.empty((x.shape[0], p.shape[0], *grid)), np.empty((x.shape[0], p.shape[0], *grid))
+    distance, terms = np.empty((x.shape[0], p.shape[0], *grid)), np.empty((x.shape[0], p.shape[0], *grid))
     for b, q, *at in np.ndindex(distance.shape):
         patch = x[(b, slice(None), *(slice(a, a + k) for a, k in zip(at, kernel, strict=True)))]
-        distance[(b, q, *at)], bound[(b, q, *at)] = one_distance(patch, p[q], metric)
-    return distance, bound
+        distance[(b, q, *at)], terms[(b, q, *at)] = one_distance(patch, p[q], metric)
+    return distance, terms
 
 
 def oracle(dense, kernel, topk, mask):
@@ -89,34 +93,9 @@ def oracle(dense, kernel, topk, mask):
     return (distance[..., 0], index[..., 0]) if topk == 1 else (distance, index)
 
 
-def assert_within(actual, expected, bound):
-    """`bound` absolute, and one rounding of the result."""
-    actual_np = actual.detach().double().numpy()
-    assert actual_np.shape == expected.shape
-    same = (actual_np == expected) | (np.isnan(actual_np) & np.isnan(expected))
-    smallest = 2.0**-149 if actual.dtype == torch.float32 else 2.0**-1074
-    with np.errstate(all="ignore"):
-        error = np.abs(actual_np - expected)
-        limit = bound + ROUNDING[actual.dtype] * np.abs(expected) + smallest
-    assert np.all(same | (error <= limit)), f"off by {np.nanmax(error / limit)} times the bound"
-
-
-def laid_out(tensor, layout):
-    """The same values in another memory layout."""
-    if layout == "channels_last":
-        return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
-    if layout == "transposed":
-        return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
-    if layout == "sliced":
-        wide = torch.full((*tensor.shape[:2], *(2 * s + 3 for s in tensor.shape[2:])), math.nan, dtype=tensor.dtype)
-        inner = wide[(..., *(slice(1, 1 + 2 * s, 2) for s in tensor.shape[2:]))]
-        return inner.copy_(tensor)
-    if layout == "flipped storage":
-        return tensor.permute(*reversed(range(tensor.ndim))).contiguous().permute(*reversed(range(tensor.ndim)))
-    return tensor
-
-
-LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced", "flipped storage")
+def assert_rounded(actual, expected, terms):
+    """A float64 sum over `terms`, rounded to the result's dtype; the roundings are counted in `terms`."""
+    assert_within(actual, expected, terms, 1, arithmetic=torch.float64)
 
 
 def integers(*shape, dtype=torch.float32, low=-2, high=3):
@@ -130,16 +109,14 @@ def integers(*shape, dtype=torch.float32, low=-2, high=3):
 @pytest.mark.parametrize("metric", METRICS)
 def test_distance_index_and_map_match_the_oracle(metric, dtype):
     """Every kernel × activation × topk × mask × layout."""
-    torch.manual_seed(0)
     for kernel, values in itertools.product(((), (1, 1), (2, 3)), (torch.randn, integers)):
         x, p = values(2, 5, 4, 5).to(dtype), values(3, 5, *kernel).to(dtype)
-        dense, bound = oracle_map(x, p, metric)
+        dense, terms = oracle_map(x, p, metric)
         exact = values is integers and metric != "cosine"
         kept = torch.rand(2, 4, 5) > 0.2
-        for layout in LAYOUTS:
-            x_in, p_in = laid_out(x, layout), laid_out(p, layout) if kernel else p
+        for (_, x_in), (_, p_in) in zip(layouts(x), itertools.cycle(layouts(p))):
             whole = pf.prototype_map(x_in, p_in, metric=metric)
-            assert_within(whole, dense, bound)
+            assert_rounded(whole, dense, terms)
             for topk, mask in itertools.product((1, 4), (None, kept)):
                 d, i = pf.prototype_distance(x_in, p_in, metric=metric, topk=topk, mask=mask)
                 # Where cosines tie but for rounding, the winners are those of the map, which the line above bounds.
@@ -147,7 +124,7 @@ def test_distance_index_and_map_match_the_oracle(metric, dtype):
                 if source is dense or dtype == torch.float64:
                     expected_d, expected_i = oracle(source, kernel or (1, 1), topk, mask)
                     np.testing.assert_array_equal(i.numpy(), expected_i)
-                    assert_within(d, expected_d, 0 if exact else bound.max())
+                    assert_rounded(d, expected_d, 0 if exact else terms.max())
                 flat = i.reshape(2, 3, topk)
                 reached = whole.flatten(2).gather(2, flat.clamp(min=0))
                 assert torch.equal(d.reshape(2, 3, topk), torch.where(flat >= 0, reached, math.inf))
@@ -171,23 +148,23 @@ def test_distance_index_and_map_match_the_oracle(metric, dtype):
     ("sizes", "kernel"), [((7,), (3,)), ((2, 3, 4), (1, 2, 2)), ((2, 2, 3, 2), (2, 1, 2, 1)), ((3, 2, 2), ())]
 )
 def test_any_number_of_spatial_axes(sizes, kernel):
-    torch.manual_seed(1)
     x, p = torch.randn(2, 3, *sizes), torch.randn(4, 3, *kernel)
     mask = torch.rand(2, *sizes) > 0.1
     for metric in METRICS:
-        dense, bound = oracle_map(x, p, metric)
-        assert_within(pf.prototype_map(x, p, metric=metric), dense, bound)
+        dense, terms = oracle_map(x, p, metric)
+        assert_rounded(pf.prototype_map(x, p, metric=metric), dense, terms)
         d, i = pf.prototype_distance(x, p, metric=metric, topk=2, mask=mask)
         expected_d, expected_i = oracle(dense, kernel or (1,) * len(sizes), 2, mask)
         np.testing.assert_array_equal(i.numpy(), expected_i)
-        assert_within(d, expected_d, bound.max())
+        assert_rounded(d, expected_d, terms.max())
 
 
 def test_agrees_with_the_papers_convolutions():
     """relu(conv(x², 1) − 2 conv(x, p) + p²) and max_pool2d, within the rounding of its expansion in float32."""
-    torch.manual_seed(2)
     x, p = torch.rand(3, 64, 9, 8), torch.rand(10, 64, 2, 2)
-    dense = F.relu(F.conv2d(x.square(), torch.ones_like(p)) + (p.square().sum((1, 2, 3)).view(-1, 1, 1) - 2 * F.conv2d(x, p)))
+    dense = F.relu(
+        F.conv2d(x.square(), torch.ones_like(p)) + (p.square().sum((1, 2, 3)).view(-1, 1, 1) - 2 * F.conv2d(x, p))
+    )
     best, where = F.max_pool2d(-dense, dense.shape[2:], return_indices=True)
     d, i = pf.prototype_distance(x, p)
     size = (F.conv2d(x.square(), torch.ones_like(p)) + p.square().sum((1, 2, 3)).view(-1, 1, 1)).amax((2, 3)) * 2
@@ -203,13 +180,12 @@ def test_agrees_with_the_papers_convolutions():
 
 def test_distance_does_not_cancel_near_a_prototype():
     """The expansion in float32 is off by more than the distance here; the direct form is not."""
-    torch.manual_seed(3)
     p = torch.rand(4, 128) + 1
     shift = 2.0**-12
     x = (p + shift).t()[None]
     d, i = pf.prototype_distance(x, p)
     assert torch.equal(i, torch.arange(4)[None])
-    assert_within(d, np.full((1, 4), 128 * shift**2), 0)
+    assert_rounded(d, np.full((1, 4), 128 * shift**2), 0)
 
 
 @pytest.mark.parametrize("blocks", [(1 << 18, 512), (64, 8), (7, 3), (1, 1)])
@@ -218,7 +194,6 @@ def test_equal_patches_tie_wherever_they_lie(metric, blocks, monkeypatch):
     """Bits must not depend on a patch's place in a block or vector register; block sizes are cut down on purpose."""
     monkeypatch.setattr(reference, "_ELEMENTS", blocks[0])
     monkeypatch.setattr(reference, "_RUN", blocks[1])
-    torch.manual_seed(4)
     sizes = (23, 29) if blocks[1] > 100 else (3, 7)
     for kernel in ((), (2, 2)):
         x = torch.randn(2, 19, 1, 1).expand(-1, -1, *sizes).contiguous()
@@ -235,7 +210,6 @@ def test_equal_patches_tie_wherever_they_lie(metric, blocks, monkeypatch):
 
 
 def test_samples_and_prototypes_do_not_affect_each_other():
-    torch.manual_seed(5)
     x, p = torch.randn(5, 33, 6, 7), torch.randn(9, 33, 2, 2)
     for metric in METRICS:
         d, i = pf.prototype_distance(x, p, metric=metric)
@@ -246,7 +220,6 @@ def test_samples_and_prototypes_do_not_affect_each_other():
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_nan_makes_its_patch_win(metric):
-    torch.manual_seed(6)
     x, p = torch.randn(2, 4, 3, 3), torch.randn(3, 4)
     x[0, 2, 1, 1] = x[0, 0, 2, 0] = math.nan
     if metric == "dot":
@@ -343,7 +316,13 @@ def test_nothing_left_by_the_mask(metric, topk):
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize(
     ("shape", "proto"),
-    [((0, 3, 2, 2), (4, 3)), ((2, 3, 2, 2), (0, 3, 1, 2)), ((2, 0, 2, 2), (4, 0)), ((1, 1, 1), (1, 1)), ((0, 0, 1), (0, 0, 1))],
+    [
+        ((0, 3, 2, 2), (4, 3)),
+        ((2, 3, 2, 2), (0, 3, 1, 2)),
+        ((2, 0, 2, 2), (4, 0)),
+        ((1, 1, 1), (1, 1)),
+        ((0, 0, 1), (0, 0, 1)),
+    ],
 )
 def test_empty_and_single(shape, proto, metric):
     x, p = torch.ones(shape, requires_grad=True), torch.ones(proto, requires_grad=True)
@@ -367,9 +346,10 @@ def test_empty_and_single(shape, proto, metric):
 @pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean", "cosine"])
 def test_distance_zero_has_gradient_zero(metric, kernel):
     """Exactly 0, not NaN, in first and second derivatives, where a patch equals its prototype."""
-    torch.manual_seed(7)
     p = torch.randn(2, 67, *kernel).requires_grad_()
-    x = (p.detach()[:1].expand(3, *p.shape[1:]) if kernel else p.detach()[:1, :, None, None].expand(3, -1, 2, 2)).clone()
+    x = (
+        p.detach()[:1].expand(3, *p.shape[1:]) if kernel else p.detach()[:1, :, None, None].expand(3, -1, 2, 2)
+    ).clone()
     x.requires_grad_()
     first = p[:1]
     for result in (
@@ -403,7 +383,6 @@ def test_zero_vectors(metric):
 @pytest.mark.parametrize("kernel", [(), (2, 3)])
 @pytest.mark.parametrize("metric", METRICS)
 def test_gradients_by_finite_differences(metric, kernel):
-    torch.manual_seed(8)
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
     p = torch.randn(3, 3, *kernel, dtype=torch.float64, requires_grad=True)
     kept = torch.rand(2, 4, 4) > 0.15
@@ -426,7 +405,6 @@ def test_gradients_by_finite_differences(metric, kernel):
 
 @pytest.mark.parametrize("activation", ["log", "linear", "exp", "reciprocal"])
 def test_activation_gradients(activation):
-    torch.manual_seed(9)
     x = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
     p = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
 
@@ -451,12 +429,15 @@ def test_slope_of_the_log_is_right_down_to_distance_zero(dtype):
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_low_precision_gradients_are_those_of_float64_rounded(metric, dtype):
-    torch.manual_seed(10)
-    for kernel, layout in itertools.product(((), (2, 2)), LAYOUTS):
-        x, p = torch.randn(3, 8, 5, 4).to(dtype), torch.randn(20, 8, *kernel).to(dtype)  # several winners a patch
+    x = torch.randn(3, 8, 5, 4).to(dtype)
+    for kernel, (_, x_in) in itertools.product(((), (2, 2)), layouts(x)):
+        p = torch.randn(20, 8, *kernel).to(dtype)  # several winners a patch
         wide = [t.double().requires_grad_() for t in (x, p)]
-        low = [laid_out(x, layout).detach().requires_grad_(), p.clone().requires_grad_()]
-        for run in (lambda x, p: pf.prototype_distance(x, p, metric=metric, topk=3).distance, lambda x, p: pf.prototype_map(x, p, metric=metric)):
+        low = [x_in.detach().requires_grad_(), p.clone().requires_grad_()]
+        for run in (
+            lambda x, p: pf.prototype_distance(x, p, metric=metric, topk=3).distance,
+            lambda x, p: pf.prototype_map(x, p, metric=metric),
+        ):
             weight = torch.randn(run(*low).shape)
             expected = torch.autograd.grad(run(*wide), wide, weight.double())
             actual = torch.autograd.grad(run(*low), low, weight)
@@ -469,7 +450,7 @@ def test_low_precision_gradients_are_those_of_float64_rounded(metric, dtype):
 
 
 class _Watch(TorchDispatchMode):
-    """Notes every op and the most elements any of them makes."""
+    """Notes every op, and the most elements of any tensor made (not viewed, not written into)."""
 
     def __init__(self):
         super().__init__()
@@ -478,10 +459,13 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **kwargs or {})
         self.ops.append(str(func))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                own = tensor._base is None  # a view makes nothing
-                self.largest = max(self.largest, tensor.numel() if own else 0)
+
+        def tensors(tree):
+            return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+        given = {t.untyped_storage().data_ptr() for t in tensors((args, kwargs))}
+        made = [t.numel() for t in tensors(result) if t.untyped_storage().data_ptr() not in given]
+        self.largest = max([self.largest, *made])
         return result
 
 
@@ -508,18 +492,18 @@ def test_backward_touches_the_winners_alone(metric):
         assert (g.abs().sum(1) > 0).sum() <= batch * count
 
 
-@pytest.mark.parametrize("kernel", [(), (3, 3)])
-def test_forward_memory_is_bounded(kernel, monkeypatch):
-    monkeypatch.setattr(reference, "_ELEMENTS", 4096)
-    monkeypatch.setattr(reference, "_RUN", 64)
-    x, p = torch.randn(6, 80, 20, 21), torch.randn(30, 80, *kernel)
-    for metric in range(4):
-        with _Watch() as seen:
-            reference.prototype_distance(x, p, None, metric, 2, "auto")
-        assert seen.largest <= 4096
-        with _Watch() as seen:
-            out = reference.prototype_map(x, p, metric)
-        assert seen.largest <= out.numel()
+@pytest.mark.parametrize(("kernel", "product"), [((), False), ((2, 2), True)])
+def test_forward_memory_is_bounded(kernel, product, monkeypatch):
+    monkeypatch.setattr(reference, "_ELEMENTS", 1024)
+    monkeypatch.setattr(reference, "_RUN", 32)
+    x, p = torch.randn(3, 50, 10, 11), torch.randn(8, 50, *kernel)
+    metric = METRICS.index("cosine" if product else "euclidean")
+    with _Watch() as seen:
+        d, _ = reference.prototype_distance(x, p, None, metric, 2, "auto")
+    assert max(d.numel(), 1024) <= seen.largest <= 1024 + 2 * d.numel()
+    with _Watch() as seen:
+        out = reference.prototype_map(x, p, metric)
+    assert seen.largest == max(out.numel(), 1024)
 
 
 def test_budget_of_temporaries():
@@ -528,9 +512,8 @@ def test_budget_of_temporaries():
 
 def test_gradients_are_bitwise_repeatable():
     """All winners on one pixel, so that an order left to threads would show."""
-    torch.manual_seed(11)
     x = torch.randn(2, 64, 1, 1).repeat(1, 1, 8, 8).requires_grad_()
-    p = torch.randn(500, 64, requires_grad=True)
+    p = torch.randn(100, 64, requires_grad=True)
     threads = torch.get_num_threads()
     results = []
     try:
@@ -554,25 +537,22 @@ def test_scatter_adds_repeated_pixels():
 # --- torch's machinery ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("metric", METRICS)
-def test_opcheck(metric):
-    number = METRICS.index(metric)
-    x = torch.randn(2, 3, 4, 5, requires_grad=True)
-    p = torch.randn(4, 3, 2, 2, requires_grad=True)
-    mask = torch.rand(2, 4, 5) > 0.1
-    opcheck(torch.ops.protofast.prototype_distance.reference, (x, p, mask, number, 1 + number % 2, "auto"))
-    opcheck(torch.ops.protofast.prototype_map.reference, (x, p, number))
+def test_opcheck_distance():
+    x, p = torch.randn(2, 3, 4, requires_grad=True), torch.randn(4, 3, 2, requires_grad=True)
+    mask = torch.rand(2, 4) > 0.1
+    opcheck(torch.ops.protofast.prototype_distance.reference, (x, p, mask, METRICS.index("euclidean"), 2, "auto"))
+    half = [t.detach().bfloat16().requires_grad_() for t in (x, p)]
+    opcheck(torch.ops.protofast.prototype_distance.reference, (*half, None, METRICS.index("cosine"), 1, "tf32"))
 
 
-def test_opcheck_half_and_scatter():
-    x = torch.randn(2, 3, 4, dtype=torch.bfloat16, requires_grad=True)
-    p = torch.randn(4, 3, dtype=torch.bfloat16)
-    opcheck(torch.ops.protofast.prototype_distance.reference, (x, p, None, 0, 1, "tf32"))
+def test_opcheck_map_and_scatter():
+    x, p = torch.randn(2, 3, 4, requires_grad=True), torch.randn(4, 3, 2, requires_grad=True)
+    opcheck(torch.ops.protofast.prototype_map.reference, (x, p, METRICS.index("cosine")))
     rows = torch.randn(2, 5, 3, requires_grad=True)
     opcheck(torch.ops.protofast.prototype_scatter.reference, (rows, torch.randint(0, 7, (2, 5)), 7))
 
 
-def _compare_compiled(compiled, plain, shapes, p, metric):
+def _compare_compiled(compiled, plain, shapes, p):
     for shape in shapes:
         x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
         results = []
@@ -583,22 +563,25 @@ def _compare_compiled(compiled, plain, shapes, p, metric):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("metric", METRICS)
-def test_compiles_in_one_graph_with_dynamic_shapes(metric):
+@pytest.mark.parametrize(
+    ("metric", "kernel", "shapes"),
+    [
+        ("euclidean", (2,), ((4, 3, 6), (6, 3, 8), (7, 3, 10))),
+        ("cosine", (), ((4, 3, 6, 7), (6, 3, 8, 9), (7, 3, 10, 12))),
+    ],
+)
+def test_compiles_in_one_graph_with_dynamic_shapes(metric, kernel, shapes):
     """Forward and backward, traced once for three shapes (through AOTAutograd, without generating code)."""
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    p = torch.randn(5, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    p = torch.randn(5, 3, *kernel, dtype=torch.float64, requires_grad=True)
 
     def run(x, p):
         a, d, i = pf.prototype_activation(x, p, metric=metric, activation="exp", topk=2)
         return a, d, i, pf.prototype_map(x, p, metric=metric, activation="exp")
 
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=counter)
-    _compare_compiled(compiled, run, ((4, 3, 6, 7), (6, 3, 8, 9), (7, 3, 10, 12)), p, metric)
-    assert counter.frame_count == 1
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        _compare_compiled(compiled, run, shapes, p)
 
 
 def test_compiles_with_inductor():
@@ -608,11 +591,10 @@ def test_compiles_with_inductor():
         return pf.prototype_activation(x, p, metric="euclidean", activation="exp")
 
     torch._dynamo.reset()
-    _compare_compiled(torch.compile(run, fullgraph=True), run, ((4, 3, 6, 7),), p, "euclidean")
+    _compare_compiled(torch.compile(run, fullgraph=True), run, ((4, 3, 6, 7),), p)
 
 
 def test_autocast_and_mixed_dtypes():
-    torch.manual_seed(12)
     x, p = torch.randn(2, 8, 4, 4), torch.randn(3, 8, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         y = F.conv2d(x, torch.randn(8, 8, 1, 1))
@@ -631,7 +613,7 @@ def test_autocast_and_mixed_dtypes():
         (torch.float32, torch.float64, torch.float64),
         (torch.float64, torch.float16, torch.float64),
     ):
-        a, b = x.to(first).requires_grad_(), p.detach().to(second).requires_grad_()
+        a, b = (t.detach().to(dtype, copy=True).requires_grad_() for t, dtype in ((x, first), (p, second)))
         d = pf.prototype_distance(a, b).distance
         assert d.dtype == wanted
         assert torch.equal(d, pf.prototype_distance(a.double(), b.double()).distance.to(wanted))
@@ -641,18 +623,14 @@ def test_autocast_and_mixed_dtypes():
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_no_uninitialised_memory_shows(metric):
-    """Deterministic mode fills what torch.empty returns with NaN (and raises at an op that is not repeatable)."""
     x, p = torch.randn(2, 3, 5, 6, requires_grad=True), torch.randn(4, 3, 2, 2, requires_grad=True)
-    torch.use_deterministic_algorithms(True)
-    try:
+    with poison():
         for result in (
             pf.prototype_distance(x, p, metric=metric, topk=20).distance,
             pf.prototype_map(x, p, metric=metric),
         ):
             assert result.isfinite().all()
             assert all(g.isfinite().all() for g in torch.autograd.grad(result.sum(), (x, p)))
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def test_precision_leaves_the_reference_exact():
@@ -691,7 +669,7 @@ def test_features_of_more_than_32_bits_of_elements():
     window = x.expand(batch, 2, 1, wide)[..., wide - 3 : wide]
     d, i = pf.prototype_distance(window, torch.zeros(1, 2))
     assert (i == 0).all()
-    assert_within(d, x.double().square().sum((1, 2)).numpy(), 1e-15)
+    assert_rounded(d, x.double().square().sum((1, 2)).numpy(), 10)
     with torch.device("meta"):
         huge = torch.empty(1 << 12, 64, 1 << 10, 1 << 10)
         d, i = pf.prototype_distance(huge, torch.empty(7, 64, 3, 3), topk=2)
@@ -738,8 +716,8 @@ def test_any_float32_keeps_the_bound(problem, metric):
     with pf.use_backend("reference"):
         dense = pf.prototype_map(x.double(), p.double(), metric=metric)
         d, i = pf.prototype_distance(x, p, metric=metric, topk=topk, mask=mask)
-    expected, bound = oracle_map(x, p, metric)
-    assert_within(dense, expected, np.nan_to_num(bound, posinf=0))
+    expected, terms = oracle_map(x, p, metric)
+    assert_rounded(dense, expected, np.nan_to_num(terms, posinf=0))
     # the choice follows the float64 map to the bit
     chosen_d, chosen_i = oracle(dense.numpy(), kernel, topk, mask)
     if metric != "euclidean":  # whose ties are decided before the root
@@ -807,7 +785,6 @@ def test_refuses_activations(run):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_gives_the_bits_of_the_cpu():
-    torch.manual_seed(13)
     x, p = torch.randn(3, 37, 9, 11), torch.randn(8, 37, 2, 2)
     mask = torch.rand(3, 9, 11) > 0.1
     for metric, topk in itertools.product(METRICS, (1, 4)):

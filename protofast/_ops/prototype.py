@@ -81,16 +81,17 @@ def _backward_distance(ctx, grad, _):
     features, prototypes, distance, index = ctx.saved_tensors
     batch, channels, *sizes = features.shape
     count, topk, work = prototypes.shape[0], ctx.topk, distance.dtype
+    kernel = kernel_size(features, prototypes)
     axes = (batch, count, topk, 1, 1)
     distance, grad, index = distance.reshape(axes), grad.reshape(axes), index.reshape(axes)
     chosen = index >= 0
-    coordinates = patch_pixels(index[..., 0, 0], sizes, kernel_size(features, prototypes))
+    coordinates = patch_pixels(index[..., 0, 0], sizes, kernel)
     sample = torch.arange(batch, device=index.device).reshape(batch, 1, 1, 1)
     # Indexing the axes one by one copies no more than the winners, whatever the strides of the features.
     x = features[(sample, slice(None), *coordinates)].to(work)  # (B, P, m, K, D)
     # What is not chosen becomes a finite 0 at once, so that no NaN of it reaches a second derivative.
     x, grad, distance = (torch.where(chosen, value, 0) for value in (x, grad, distance))
-    p = prototypes.to(work).reshape(count, 1, channels, -1).transpose(2, 3)  # (P, 1, K, D)
+    p = prototypes.to(work).reshape(count, 1, channels, math.prod(kernel)).transpose(2, 3)  # (P, 1, K, D)
     to_x = to_p = None
     want_x, want_p = ctx.needs_input_grad[:2]
     if ctx.metric == DOT:

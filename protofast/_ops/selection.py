@@ -70,6 +70,6 @@ define(
     "(Tensor points, Tensor indices, Tensor? mask, int metric) -> (Tensor, Tensor, Tensor)",
     _fake_cover,
 )
-# -> the two indices in ascending order, distance
+# -> the two indices in ascending order (of a single allowed point, twice it), distance
 define("farthest_pair", "(Tensor points, Tensor? mask, int metric) -> (Tensor, Tensor)", _fake_farthest_pair)
 define("nearest_to_mean", "(Tensor points, Tensor? mask, int metric) -> Tensor", _fake_nearest_to_mean)

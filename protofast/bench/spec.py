@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from protofast import _ops
-from protofast._backend import PREFERENCE
+from protofast._backend import PREFERENCE, BackendUnavailableError
 
 Call = Callable[[], Any]
 Prepare = Callable[[Any], Call]
@@ -22,6 +22,10 @@ OURS = "protofast"
 
 class Skip(Exception):
     """A contender cannot run here; the message says why."""
+
+
+UNABLE = (Skip, BackendUnavailableError, ImportError)
+"""What a contender raises where it cannot run; anything else is a failure."""
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ SAMPLE = 3e-4
 class Timing:
     """Samples of one contender, in seconds a call; sample i of every contender was taken in round i.
 
-    `seconds` is wall-clock time on a CPU. On a GPU it is the time between two events around one call with the L2
-    cache flushed, and `wall` is the wall-clock time a call of back-to-back calls with one synchronisation at the end.
+    `seconds` is wall-clock time on a CPU, of `inner` calls together. On a GPU it is the time between two events around
+    one call, after the L2 cache was flushed; `wall` is the wall-clock time of `inner` calls back to back and one wait
+    at the end, so that a host that cannot keep up shows.
     """
 
     inner: int
@@ -64,14 +65,18 @@ def interleave(
     """Times all `calls` for about `budget` seconds, in rounds of one sample each, each round in a new order."""
     inner, cost = {}, 0.0
     for name, call in calls.items():  # every call has been warmed up by `once`
-        first = once(call, device, self_timed)[0]
-        repeats = 1 if self_timed or device == "cuda" else max(1, min(10_000, round(SAMPLE / max(first, 1e-9))))
-        if repeats > 1:  # the first call of a few microseconds is mostly the clock and cold caches
-            repeats = max(1, min(10_000, round(SAMPLE / max(_cpu(call, repeats), 1e-9))))
+        first = max(once(call, device, self_timed)[0], 1e-9)
+        if device == "cuda":
+            repeats = max(1, min(10, round(0.01 / first)))
+            cost += first
+        else:
+            repeats = 1 if self_timed else max(1, min(10_000, round(SAMPLE / first)))
+            if repeats > 1:  # the first call of a few microseconds is mostly the clock and cold caches
+                repeats = max(1, min(10_000, round(SAMPLE / _cpu(call, repeats))))
         inner[name] = repeats
         cost += max(first * repeats, SAMPLE)
     timings = {name: Timing(count) for name, count in inner.items()}
-    rounds = max(min_rounds, min(max_rounds, int(budget / max(cost, 1e-9))))
+    rounds = max(min_rounds, min(max_rounds, int(budget / cost)))
     order, shuffle = list(calls), random.Random(seed).shuffle
     flush = _cache_flusher() if device == "cuda" else None
     gc.collect()
@@ -86,7 +91,7 @@ def interleave(
                     timing.seconds.append(float(call()))
                 elif flush is not None:
                     timing.seconds.append(_cuda(call, flush))
-                    timing.wall.append(_cuda_wall(call))
+                    timing.wall.append(_cuda_wall(call, timing.inner))
                 else:
                     timing.seconds.append(_cpu(call, timing.inner))
     finally:
@@ -113,7 +118,7 @@ def _cuda(call: Call, flush: Call) -> float:
     return start.elapsed_time(end) / 1000
 
 
-def _cuda_wall(call: Call, inner: int = 10) -> float:
+def _cuda_wall(call: Call, inner: int) -> float:
     torch.cuda.synchronize()
     seconds = _cpu(call, inner) * inner
     start = time.perf_counter()

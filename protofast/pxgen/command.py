@@ -231,7 +231,7 @@ def _model(spec: str) -> Any:
         return load_vae(spec)
     sys.path.insert(0, os.getcwd())  # as `python -m` has it
     try:
-        found = import_module(module)
+        found: Any = import_module(module)
     except ModuleNotFoundError as error:
         if error.name != module.partition(".")[0] and error.name != module:
             raise
@@ -325,13 +325,13 @@ def _findings(adapter: Any, anchors: Dataset, report: Report, label: int, seed: 
     own, other = labels == label, labels != label
     deluded, known = np.isin(np.arange(len(labels)), report.members("HILE")), report.members("HIHE")
     return [
-        f"The model was trained on {name} alone. Shown the {other.sum():,} anchors of other classes, it draws {name} for "
-        f"{_part((other & shows).sum(), other.sum())}.",
-        f"On {_part((other & deluded).sum(), other.sum())} of these others it is sure and wrong: as familiar to it as its own "
-        f"generations, and badly reproduced (HILE, “model delusion”). Of the {own.sum():,} anchors of {name} itself, "
-        f"{_part(own[known].sum(), own.sum())} are known and well reproduced (HIHE).",
-        f"What a reconstruction shows was judged by a nearest-neighbour classifier, trained on {len(learned):,} originals and "
-        f"right on {100 * right:.1f} % of {len(held_out):,} others.",
+        f"The model was trained on {name} alone. Shown the {other.sum():,} anchors of other classes, "
+        f"it draws {name} for {_part((other & shows).sum(), other.sum())}.",
+        f"On {_part((other & deluded).sum(), other.sum())} of these others it is sure and wrong: as familiar to it "
+        f"as its own generations, and badly reproduced (HILE, “model delusion”). Of the {own.sum():,} anchors of "
+        f"{name} itself, {_part(own[known].sum(), own.sum())} are known and well reproduced (HIHE).",
+        f"What a reconstruction shows was judged by a nearest-neighbour classifier, trained on {len(learned):,} "
+        f"originals and right on {100 * right:.1f} % of {len(held_out):,} others.",
     ]
 
 
@@ -365,7 +365,7 @@ def _bar(description: str, show: bool) -> Iterator[Callable[[int, int], None]]:
     with Progress(console=Console(stderr=True), disable=not show) as bars:
         task = bars.add_task(description, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)
-        bars.update(task, completed=1, total=1) if bars.tasks[task].total is None else None
+        bars.update(task, total=1, completed=1)  # weights from the cache make no steps
 
 
 def _screen() -> bool:

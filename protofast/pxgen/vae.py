@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +98,8 @@ def train_vae(
 ) -> VAE:
     """Trains the paper's VAE: binary cross-entropy + KL divergence (sums), Adam 1e-3, batches of 50.
 
-    The same images, settings and seed give the same weights (on one machine and number of threads), and the
-    weights are cached: a second call loads them.
+    The same images, settings and seed give the same weights on a machine, and the weights are cached: a second call
+    loads them.
 
     Parameters
     ----------
@@ -176,8 +176,21 @@ def train_vae(
             except (OSError, ValueError):
                 pass  # damaged: train again and replace it
 
+    with _one_thread():
+        _train(model, images, epochs, generator, progress)
+    model.eval().requires_grad_(False)
+    if path is not None:
+        # A full or read-only cache folder costs the next run its time, not this run its result.
+        with suppress(OSError):
+            save_vae(model, path)
+    return model
+
+
+def _train(
+    model: VAE, images: Tensor, epochs: int, generator: torch.Generator, progress: Callable[[int, int], None] | None
+) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    done, total = 0, epochs * batches
+    done, total = 0, epochs * -(-len(images) // BATCH)
     for _ in range(epochs):
         for rows in torch.randperm(len(images), generator=generator).split(BATCH):
             batch = images[rows]
@@ -190,12 +203,17 @@ def train_vae(
             done += 1
             if progress is not None:
                 progress(done, total)
-    model.eval().requires_grad_(False)
-    if path is not None:
-        # A full or read-only cache folder costs the next run its time, not this run its result.
-        with contextlib.suppress(OSError):
-            save_vae(model, path)
-    return model
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread inside the block: batches this small gain little from more, and more would round otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def save_vae(model: VAE, path: str | os.PathLike[str]) -> None:

@@ -114,12 +114,8 @@ def _first(
         if start == "center":
             return overload("nearest_to_mean", device.type, backend)(points, mask, metric)
         if start == "farthest-pair":
-            if points.shape[0] == 1 or (mask is not None and k == 1 and int(mask.sum()) == 1):
-                start = 0 if mask is None else int(mask.nonzero()[0])
-            else:
-                return overload("farthest_pair", device.type, backend)(points, mask, metric)[0][:k]
-        else:
-            raise ValueError(f"start is {start!r}; give an index, 'farthest-pair', 'center' or a torch.Generator")
+            return overload("farthest_pair", device.type, backend)(points, mask, metric)[0][:k]
+        raise ValueError(f"start is {start!r}; give an index, 'farthest-pair', 'center' or a torch.Generator")
     if isinstance(start, torch.Generator):
         allowed = points.shape[0] if mask is None else int(mask.sum())
         one = torch.randint(allowed, (1,), generator=start, device=start.device).to(device)

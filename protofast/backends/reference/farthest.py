@@ -18,7 +18,10 @@ AXES = 32  # of the projection that is tried before the full inner product
 
 
 def farthest_pair(space: Space) -> tuple[Tensor, Tensor]:
-    """Positions (2,) in ascending order, the lexicographically first of equals, and their value; needs 2 points."""
+    """Positions (2,) ascending, the lexicographically first of equals, and their value. Of one point, twice that."""
+    if space.count == 1:
+        zero = torch.zeros(2, dtype=torch.int64, device=space.device)
+        return zero, zero[0].double()
     return _scan(space) if space.metric == PRECOMPUTED else _Search(space).run()
 
 

@@ -54,7 +54,7 @@ def _sum(x: Tensor, p: Tensor | None, kernel: list[int], run: int, *, product: b
     for k, window in enumerate(windows(grid, kernel)):
         region = x[(slice(None), slice(None), *window)]
         for start in range(0, channels, run):
-            part = region[:, start : start + run].to(torch.float64).reshape(batch, 1, -1, total.shape[2])
+            part = region[:, start : start + run].to(torch.float64).flatten(2)[:, None]
             if p is None:
                 terms = part.square()
             else:
@@ -64,7 +64,9 @@ def _sum(x: Tensor, p: Tensor | None, kernel: list[int], run: int, *, product: b
     return total
 
 
-def _scores(features: Tensor, prototypes: Tensor, metric: int) -> Iterator[tuple[slice, slice, int, list[slice], Tensor]]:
+def _scores(
+    features: Tensor, prototypes: Tensor, metric: int
+) -> Iterator[tuple[slice, slice, int, list[slice], Tensor]]:
     """Distances (squared for euclidean) of every block: its samples, prototypes, first patch, slices, (b, p, n)."""
     kernel, grid = kernel_size(features, prototypes), patch_grid(features, prototypes)
     batch, channels = features.shape[:2]
@@ -79,7 +81,7 @@ def _scores(features: Tensor, prototypes: Tensor, metric: int) -> Iterator[tuple
         p_part = p[columns]
         if metric == COSINE:
             # The same tree as for the features' lengths, so that the cosine of equal vectors is exactly 1.
-            length_p = _sum(p_part.reshape(-1, channels, *kernel), None, kernel, depth, product=True).reshape(1, -1, 1)
+            length_p = _sum(p_part.unflatten(2, kernel), None, kernel, depth, product=True).reshape(1, -1, 1)
         for first, box in _blocks(grid):
             reach = tuple(slice(s.start, s.stop + k - 1) for s, k in zip(box, kernel, strict=True))
             x = features[(rows, slice(None), *reach)]

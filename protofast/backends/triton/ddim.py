@@ -68,15 +68,18 @@ def ddim_kernel(
     signal, spread = tl.sqrt(now), tl.sqrt(1 - now)
     zero = now * 0  # NaN where the timestep is outside the table
     if KIND == _EPSILON:
-        a, b, c, d = 1 / signal, -spread / signal, zero, zero + 1
+        a, c, d = 1 / signal, zero, zero + 1
+        b = -spread * a
     elif KIND == _SAMPLE:
-        a, b, c, d = zero, zero + 1, 1 / spread, -signal / spread
+        a, b, c = zero, zero + 1, 1 / spread
+        d = -signal * c
     else:
         a, b, c, d = signal, -spread, spread, signal
     variance, direction = zero, 1 - prev
     if noise is not None:  # in the form of `_ops.ddim.coefficients`, which cannot cancel
-        added = (prev - now) / (prev * (1 - now))
-        kept = now * (1 - prev) / (prev * (1 - now))
+        inverse = 1 / (prev * (1 - now))
+        added = (prev - now) * inverse
+        kept = now * (1 - prev) * inverse
         variance = eta * eta * (1 - prev) * tl.where(added < 0, 0, added)
         direction = (1 - prev) * ((1 - eta) * (1 + eta) + eta * eta * tl.where(kept > 1, 1, kept))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import protofast as pf
 
-from ..spec import Call, Case, Spec, copy_limit, generator, matmul_limit, ours, tensor_error
+from ..spec import Call, Case, Skip, Spec, copy_limit, generator, matmul_limit, ours, tensor_error
 
 _EPS = 1e-4
 
@@ -65,6 +65,8 @@ def _papers(x: Tensor, p: Tensor) -> Tensor:
 
 
 def _cdist(x: Tensor, p: Tensor) -> Tensor:
+    if x.element_size() == 2:
+        raise Skip(f"torch.cdist takes no {x.dtype}")
     return _log(torch.cdist(x.flatten(2).transpose(1, 2), p).amin(1).square())
 
 

@@ -53,8 +53,9 @@ def greedy(points: Tensor, k: int, first: list[int]) -> tuple[list[int], Tensor]
     nearest = torch.full((len(points),), torch.inf, dtype=points.dtype, device=points.device)
     while len(chosen) < max(k, len(first)):
         chosen.append(first[len(chosen)] if len(chosen) < len(first) else int(nearest.argmax()))
-        nearest = torch.minimum(nearest, (points - points[chosen[-1]]).square().sum(1))
-    return chosen, nearest.sqrt()
+        last = points[chosen[-1]][None]
+        nearest = torch.minimum(nearest, torch.cdist(points, last, compute_mode="donot_use_mm_for_euclid_dist")[:, 0])
+    return chosen, nearest
 
 
 def _torch_loop(inputs: Any) -> Call:
@@ -229,7 +230,7 @@ def _pair_error(output: Any, reference: Any, inputs: Any) -> float:
 FARTHEST_PAIR = Spec(
     op="farthest_pair",
     about="the two points farthest apart, Euclidean; flops are those of all pairs",
-    cases=(_case(10_000, 2), _case(10_000, 64), _case(70_000, 2), _case(100_000, 64, 0, False, clustered=True)),
+    cases=(_case(10_000, 2), _case(10_000, 64), _case(70_000, 2), _case(20_000, 64, 0, False, clustered=True)),
     tiny=(_case(300, 2), _case(300, 16)),
     inputs=_inputs,
     contenders={

@@ -1,0 +1,1 @@
+"""Benchmarks of protofast: the harness is `protofast.bench`, results lie in ``results/``."""
