@@ -37,7 +37,7 @@ def missing() -> str | None:
     try:
         import torch  # noqa: F401
     except ImportError:
-        return f"torch is not importable in the build environment; install torch, setuptools, wheel, ninja, then `{REINSTALL}`"
+        return f"torch is not importable in the build environment; install torch and ninja there, then `{REINSTALL}`"
     if shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0]) is None:
         return f"no C++ compiler was found; install g++ 11 or clang 14 or newer (or set CXX), then `{REINSTALL}`"
     return None

@@ -15,21 +15,28 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+SETUPTOOLS = 77
 
 
 def command(*arguments: str, **environment: str) -> int:
     """Runs in the checkout, with what is printed shown as it comes."""
     print("+", " ".join(arguments), flush=True)
-    return subprocess.run(arguments, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment).returncode
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return subprocess.run(arguments, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths} | environment).returncode
 
 
 def build(arguments: argparse.Namespace) -> str | None:
-    """The extension in place: that needs torch, setuptools, a compiler and, for the CUDA kernels, nvcc."""
-    if importlib.util.find_spec("setuptools") is None:
-        return "setuptools is not installed here, so the compiled backend is left out"
+    """An editable install; where pip cannot, the extension and the metadata in place."""
+    try:
+        setuptools = version("setuptools")
+    except PackageNotFoundError:
+        setuptools = "0"
+    if int(setuptools.split(".")[0]) < SETUPTOOLS:
+        return f"setuptools {setuptools} here, {SETUPTOOLS} needed: bring its wheel, and put it on PYTHONPATH or install it"
     import torch
 
     major, minor = torch.cuda.get_device_capability()
@@ -44,7 +51,7 @@ def build(arguments: argparse.Namespace) -> str | None:
     if importlib.util.find_spec("pip") is not None and command(*pip, **settings) == 0:
         return None
     print("pip could not; building in place", flush=True)
-    code = command(sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", **settings)
+    code = command(sys.executable, "setup.py", "--quiet", "egg_info", "build_ext", "--inplace", **settings)
     return f"the build ended with code {code}" if code else None
 
 

@@ -179,6 +179,17 @@ def test_batches_do_not_matter(vae, anchors, sampled):
     assert np.array_equal(other.criteria["mse"], whole.criteria["mse"]) is not sampled
 
 
+def test_sampled_latents(vae, anchors):
+    report = explain(VAEAdapter(vae, sample_latent=True), anchors, extrinsic="sse", batch_size=50, seed=4)
+    vae.eval()
+    with torch.no_grad():
+        mean, log_variance = vae.encode(anchors)
+        back = vae.decode(mean + log_variance.exp().sqrt() * Noise(range(len(anchors)), 4).normal(4))
+    np.testing.assert_allclose(report.criteria["sse"], (anchors - back).double().square().sum((1, 2, 3)), rtol=1e-4)
+    for number, picture in report.reconstructions.items():
+        np.testing.assert_allclose(picture, back[number].numpy(), atol=1e-5)  # the very sample that was judged
+
+
 class Stream:
     """Batches of uneven size, to be run through again and again."""
 

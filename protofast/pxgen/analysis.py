@@ -152,7 +152,9 @@ def explain(
 
     adapter = as_adapter(model)
     if device is not None:
-        adapter.to(device)  # type: ignore[attr-defined]
+        if not hasattr(adapter, "to"):
+            raise TypeError(f"device is given, and {type(adapter).__name__} has no to(device); move the model yourself")
+        adapter.to(device)
     run = _Run(
         adapter,
         _criteria(adapter, intrinsic, extrinsic, (low, high)),

@@ -268,7 +268,9 @@ def _lpips_network(device: str) -> torch.nn.Module:
         import_module("torchvision")
     except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
         cure = "pip install torchvision, in the version made for this torch"
-        raise ImportError(f"criterion 'lpips' needs torchvision, and it could not be imported ({error}): {cure}") from error
+        raise ImportError(
+            f"criterion 'lpips' needs torchvision, and it could not be imported ({error}): {cure}"
+        ) from error
     lpip = need("torchmetrics.image.lpip", "pxgen")
     weights = Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET
     if not weights.exists():
