@@ -3,7 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from . import _ops, backends
+from . import _ops as _ops
+from . import backends as backends
 from ._backend import BackendInfo, BackendUnavailableError, backend_info, use_backend
 from .ddim import DDIMSchedule, DDIMStep, ddim_inverse_step, ddim_step
 from .prototype import (

@@ -19,7 +19,7 @@ class PrototypeDistance(NamedTuple):
     """Distances to the nearest patches, (B, P) or (B, P, topk), and the patches' flat indices (int64)."""
 
     distance: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
 
 
 class PrototypeActivation(NamedTuple):
@@ -27,7 +27,7 @@ class PrototypeActivation(NamedTuple):
 
     activation: Tensor
     distance: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
 
 
 def prototype_distance(

@@ -202,7 +202,7 @@ def test_findings_count_what_they_say():
         progress=False,
     )
     text = " ".join(command._findings(adapter, data, report, 0, 0, False))
-    assert "the 40 anchors of other classes, it draws class dark for 20 (50.0 %)" in text
+    assert "the 40 anchors of other classes, it reconstructs 20 (50.0 %) as class dark" in text
     assert "On 20 (50.0 %) of these others it is sure and wrong" in text
     assert "Of the 20 anchors of class dark itself, 20 (100.0 %)" in text
     assert "trained on 40 originals and right on 100.0 % of 20 others" in text

@@ -207,6 +207,16 @@ def test_distance_does_not_cancel_near_a_prototype():
     assert_rounded(d, np.full((1, 4), 128 * shift**2), 0)
 
 
+def test_cosine_of_parallel_vectors_is_never_negative():
+    """Rounding takes some of these cosines above 1."""
+    p = torch.randn(20, 67)
+    x = (p.t()[None] * torch.rand(30, 1, 1)).double()
+    assert (1 - F.cosine_similarity(x, p.double().t()[None], dim=1) < 0).any()
+    dense = pf.prototype_map(x, p.double(), metric="cosine")
+    assert (dense >= 0).all()
+    assert (dense.diagonal(dim1=1, dim2=2) < 1e-13).all()  # the scaling was rounded in float32
+
+
 @pytest.mark.parametrize("blocks", [(1 << 18, 512), (64, 8), (7, 3), (1, 1)])
 @pytest.mark.parametrize("metric", METRICS)
 def test_equal_patches_tie_wherever_they_lie(metric, blocks, monkeypatch):
@@ -515,7 +525,7 @@ def test_backward_touches_the_winners_alone(metric):
 def test_forward_memory_is_bounded(kernel, product, monkeypatch):
     monkeypatch.setattr(reference, "_ELEMENTS", 1024)
     monkeypatch.setattr(reference, "_RUN", 32)
-    x, p = torch.randn(3, 50, 10, 11), torch.randn(8, 50, *kernel)
+    x, p = torch.randn(2, 50, 7, 11), torch.randn(8, 50, *kernel)
     metric = METRICS.index("cosine" if product else "euclidean")
     with _Watch() as seen:
         d, _ = reference.prototype_distance(x, p, None, metric, 2, "auto")

@@ -124,7 +124,9 @@ def test_page_is_whole_and_needs_nothing_outside_it(tmp_path):
     for wanted in (*GROUPS, "Model delusion", "Aligned conception", "HILE holds over half", "dog & co", "14.1 %"):
         assert wanted in parsed.text
     for row in report.originals:
-        assert f"{row:,}" in parsed.text
+        kld, sse = report.criteria["kld"][row], report.criteria["sse"][row]
+        assert f"<b>{row:,}</b> · " in text
+        assert f"<br>KL divergence {kld:.3g}<br>squared error {sse:.3g}</figcaption>" in text
 
 
 def test_notebook_fragment():

@@ -1,5 +1,6 @@
 """Every command and snippet in the README and docs is run, or checked against what would run it."""
 
+import itertools
 import re
 import shlex
 import subprocess
@@ -93,7 +94,9 @@ def small(arguments: list[str], folder: Path) -> list[str]:
             pf.data.load("fashion-mnist")
         except Exception as error:
             pytest.skip(str(error))
-    sized = [str(folder / "out") if previous == "--out" else word for previous, word in zip([""] + arguments, arguments)]
+    sized = [
+        str(folder / "out") if before == "--out" else word for before, word in itertools.pairwise(["", *arguments])
+    ]
     if "pxgen" in arguments or "demo" in arguments:
         sized += ["--epochs", "1", "--iterations", "2", "--generations", "200"]
     if "bench" in arguments or "benchmarks" in line:

@@ -398,6 +398,7 @@ def adversaries():
     yield "sphere", (lambda x: x / np.linalg.norm(x, axis=1, keepdims=True))(rng.standard_normal((900, 50)))
     yield "one-hot classes", np.eye(6)[rng.integers(0, 6, 1200)]
     yield "copies", rng.integers(0, 3, (1200, 4)).astype(float)
+    yield "corners", rng.integers(0, 2, (1500, 8)).astype(float)
     yield "signed zeros", rng.integers(0, 2, (1200, 4)) * np.array(-0.0) + np.eye(4)[rng.integers(0, 4, 1200)]
     yield "line", np.linspace(-1, 1, 1100)[rng.permutation(1100), None] * np.array([[3.0, 4.0]])
     yield "equal", np.full((1000, 3), 0.1)

@@ -7,6 +7,7 @@ patch" (all masked) and carries no gradient. A window is masked when any pixel o
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,7 +93,8 @@ def _backward_distance(ctx, grad, _):
     # What is not chosen becomes a finite 0 at once, so that no NaN of it reaches a second derivative.
     x, grad, distance = (torch.where(chosen, value, 0) for value in (x, grad, distance))
     p = prototypes.to(work).reshape(count, 1, channels, math.prod(kernel)).transpose(2, 3)  # (P, 1, K, D)
-    to_x = to_p = None
+    to_x: Any
+    to_p: Any
     want_x, want_p = ctx.needs_input_grad[:2]
     if ctx.metric == DOT:
         to_x, to_p = -grad * p, -grad * x
@@ -199,7 +201,7 @@ def _backward_map(ctx, grad):
         scale = 2 * g if ctx.metric == SQEUCLIDEAN else g * _invert(distance)
         cross, on_x, on_p = -scale, scale.sum(1, keepdim=True), scale.sum((0, 2))[:, None]
     want_x, want_p = ctx.needs_input_grad[:2]
-    grad_features = torch.zeros_like(x, memory_format=torch.contiguous_format) if want_x else None
+    grad_features: Any = torch.zeros_like(x, memory_format=torch.contiguous_format) if want_x else None
     to_p = []
     for k, region in enumerate(regions):
         at, proto = x[region].reshape(batch, channels, patches), p[:, :, k]

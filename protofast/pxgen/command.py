@@ -141,7 +141,7 @@ def demo(
         int | None, Option(min=1, help="Epochs of training; by default the paper's 2,800 updates.")
     ] = None,
     iterations: Annotated[int, Option(min=1, help="Repetitions that a threshold is averaged over (paper: 100).")] = 10,
-    generations: Annotated[int, Option(min=1, help="Images generated in each repetition (paper: 60,000).")] = 6000,
+    generations: Annotated[int, Option(min=1, help="Images generated in each repetition (paper: 60,000).")] = 20_000,
     open_page: Annotated[
         bool, Option("--open/--no-open", help="Open the report in a browser, where there is a screen.")
     ] = True,
@@ -305,7 +305,7 @@ def _findings(adapter: Any, anchors: Dataset, report: Report, label: int, seed: 
     from .noise import Noise
 
     labels = np.asarray(report.labels)
-    rows = np.random.default_rng(seed).permutation(len(labels))[:7500]
+    rows = np.random.default_rng(seed).permutation(len(labels))[:3000]
     cut = 2 * len(rows) // 3
     learned, held_out = np.sort(rows[:cut]), np.sort(rows[cut:])
     judge = need("sklearn.neighbors", "data").KNeighborsClassifier(min(3, max(1, len(learned))))
@@ -326,7 +326,7 @@ def _findings(adapter: Any, anchors: Dataset, report: Report, label: int, seed: 
     deluded, known = np.isin(np.arange(len(labels)), report.members("HILE")), report.members("HIHE")
     return [
         f"The model was trained on {name} alone. Shown the {other.sum():,} anchors of other classes, "
-        f"it draws {name} for {_part((other & shows).sum(), other.sum())}.",
+        f"it reconstructs {_part((other & shows).sum(), other.sum())} as {name}.",
         f"On {_part((other & deluded).sum(), other.sum())} of these others it is sure and wrong: as familiar to it "
         f"as its own generations, and badly reproduced (HILE, “model delusion”). Of the {own.sum():,} anchors of "
         f"{name} itself, {_part(own[known].sum(), own.sum())} are known and well reproduced (HIHE).",

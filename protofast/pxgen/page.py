@@ -136,8 +136,7 @@ def _all_below(names: list[str]) -> str:
 
 
 def _subject(report: Report) -> str:
-    found = [str(report.settings[name]) for name in ("model", "data") if report.settings.get(name)]
-    return " on ".join(found)
+    return str(report.settings.get("subject") or report.settings.get("model", ""))
 
 
 def _cards(report: Report) -> Iterator[dict[str, Any]]:
@@ -164,7 +163,7 @@ def _origin(report: Report) -> str:
     text = (
         "The thresholds come from the model itself, not from the anchors: it generates samples, they are passed "
         "through it again, and each criterion's maximum (or percentile) over them is averaged over the iterations. "
-        "Spread is the standard deviation over the iterations relative to the threshold; over 20 % wants more of them."
+        "Spread is the standard deviation over the iterations relative to the threshold; over 20 % means too few."
     )
     return text + (" Those marked “given” were set by the user." if "given" in methods else "")
 
@@ -188,9 +187,7 @@ def _gallery(report: Report, entry: Representatives) -> dict[str, Any]:
             {
                 "number": f"{row:,}",
                 "label": None if report.labels is None else report._name(report.labels[row]),
-                "criteria": " · ".join(
-                    f"{figures.shown(name)} {values[row]:.3g}" for name, values in report.criteria.items()
-                ),
+                "criteria": [f"{figures.shown(name)} {values[row]:.3g}" for name, values in report.criteria.items()],
                 "small": max(report.originals[row].shape[-2:]) <= 96,
                 "original": _embedded(figures.picture(report.originals[row])),
                 "reconstruction": None if rebuilt is None else _embedded(figures.picture(rebuilt)),

@@ -114,8 +114,8 @@ def prototype_distance(
             for window in windows([s.stop - s.start for s in box], kernel):
                 allowed = allowed & seen[(slice(None), *window)]
             allowed = allowed.reshape(-1, 1, score.shape[2])
+            # What `best` starts with is as far, and comes first: so these never get in.
             score = torch.where(allowed, score, math.inf)
-            at = torch.where(allowed, at, -1)
         score = torch.cat([best[rows, columns], score], 2)
         at = torch.cat([index[rows, columns], at], 2)
         if topk == 1:  # the first NaN, or the first of the smallest
