@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def build(arguments: argparse.Namespace) -> str | None:
     except PackageNotFoundError:
         setuptools = "0"
     if int(setuptools.split(".")[0]) < SETUPTOOLS:
-        return f"setuptools {setuptools} here, {SETUPTOOLS} needed: bring its wheel, and put it on PYTHONPATH or install it"
+        return f"setuptools is {setuptools} here and must be {SETUPTOOLS} or newer; a wheel of it on PYTHONPATH will do"
     import torch
 
     major, minor = torch.cuda.get_device_capability()
@@ -101,7 +102,12 @@ def main() -> int:
         if step not in steps:
             continue
         print(f"== {step}", flush=True)
-        if reason := take(arguments):
+        try:
+            reason = take(arguments)
+        except Exception as error:  # the other steps still run
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {error}"
+        if reason:
             failed[step] = reason
             print(f"{step}: {reason}", flush=True)
     for step, reason in failed.items():

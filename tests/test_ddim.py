@@ -196,16 +196,16 @@ def test_in_place_and_out(backend, device):
 
 
 def test_outputs_that_overlap_inputs(backend, device):
-    values, m = draw(4, 4, device=device)
+    values, m = draw(64, 64, device=device)  # several tiles, so that some are written before others are read
     expected = pf.ddim_step(values, m, 500, 480, SCHEDULE, backend=backend)
     x = values.clone()
     pf.ddim_step(x, m, 500, 480, SCHEDULE, out=x.T, backend=backend)
     assert torch.equal(x.T, expected.prev_sample)
-    buffer = torch.zeros(5, 4, device=device)
-    buffer[:4] = values
-    pf.ddim_step(buffer[:4], m, 500, 480, SCHEDULE, out=buffer[1:], backend=backend)
+    buffer = torch.zeros(65, 64, device=device)
+    buffer[:64] = values
+    pf.ddim_step(buffer[:64], m, 500, 480, SCHEDULE, out=buffer[1:], backend=backend)
     assert torch.equal(buffer[1:], expected.prev_sample)
-    both = torch.zeros(4, 2, 4, device=device)  # interleaved, which is no overlap
+    both = torch.zeros(64, 2, 64, device=device)  # interleaved, which is no overlap
     pf.ddim_step(values, m, 500, 480, SCHEDULE, out=both.unbind(1), backend=backend)
     assert torch.equal(both, torch.stack(expected, 1))
 

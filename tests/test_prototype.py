@@ -532,7 +532,7 @@ def test_forward_memory_is_bounded(kernel, product, monkeypatch):
     assert 512 <= seen.largest <= 1024 + d.numel()
     with _Watch() as seen:
         out = reference.prototype_map(x, p, metric)
-    assert seen.largest == out.numel() > 1024
+    assert out.numel() <= seen.largest <= max(out.numel(), 1024)
 
 
 def test_budget_of_temporaries():

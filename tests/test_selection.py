@@ -419,7 +419,8 @@ def test_farthest_pair_is_exact(metric, name, points):
         pytest.skip("ties of normalised points are not exact")
     i, j, distance = pf.farthest_pair(points, metric=metric)
     expected = brute_pair(points, metric)
-    if name in ("sphere", "low rank", "line", "circle", "odd circle", "huge and tiny"):  # equals up to rounding
+    rounded = {"sphere", "low rank", "line", "circle", "odd circle", "huge and tiny"}
+    if name in rounded or (name, metric) == ("outliers", "manhattan"):  # there are equals up to rounding
         v = values(points, metric)
         assert v[i, j] >= v[expected] * (1 - 1e-13)
         assert i < j

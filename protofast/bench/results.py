@@ -149,6 +149,7 @@ def to_markdown(result: dict[str, Any]) -> str:
             spread, limit = row["seconds"], row["times_limit"]
             cells = [row["case"], row["contender"], seconds(spread["p50"])]
             cells.append(f"{seconds(spread['p20'])}–{seconds(spread['p80'])}")
+            cells.append(str(row["rounds"]))
             if wall:
                 cells.append(seconds(row["wall"]["p50"]) if row["wall"] else "")
             cells.append(f"{limit['p50']:.2f}" if limit else "")

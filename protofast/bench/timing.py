@@ -57,35 +57,46 @@ def interleave(
     device: str,
     *,
     budget: float,
+    warm: Mapping[str, float] | None = None,
     seed: int = 0,
     self_timed: bool = False,
     min_rounds: int = 5,
     max_rounds: int = 100,
 ) -> dict[str, Timing]:
-    """Times all `calls` for about `budget` seconds, in rounds of one sample each, each round in a new order."""
-    inner, cost = {}, 0.0
-    for name, call in calls.items():  # every call has been warmed up by `once`
-        first = max(once(call, device, self_timed)[0], 1e-9)
+    """Times all `calls` for about `budget` seconds, in rounds of one sample each, each round in a new order.
+
+    `warm` has the seconds of a call that was already warmed up, where they are known. A call that alone would spend the
+    budget takes part in the first rounds only, at least one.
+    """
+    inner, cost = {}, {}
+    for name, call in calls.items():
+        first = max((warm or {}).get(name) or once(call, device, self_timed)[0], 1e-9)
         if device == "cuda":
-            repeats = max(1, min(10, round(0.01 / first)))
-            cost += first
-        else:
-            repeats = 1 if self_timed else max(1, min(10_000, round(SAMPLE / first)))
-            if repeats > 1:  # the first call of a few microseconds is mostly the clock and cold caches
-                repeats = max(1, min(10_000, round(SAMPLE / _cpu(call, repeats))))
-        inner[name] = repeats
-        cost += max(first * repeats, SAMPLE)
+            inner[name] = max(1, min(10, round(0.01 / first)))
+            cost[name] = first * (1 + inner[name])
+            continue
+        inner[name] = 1 if self_timed else max(1, min(10_000, round(SAMPLE / first)))
+        if inner[name] > 1:  # the first call of a few microseconds is mostly the clock and cold caches
+            inner[name] = max(1, min(10_000, round(SAMPLE / _cpu(call, inner[name]))))
+        cost[name] = max(first * inner[name], SAMPLE)
     timings = {name: Timing(count) for name, count in inner.items()}
-    rounds = max(min_rounds, min(max_rounds, int(budget / cost)))
+    last = {name: max(1, int(budget / seconds)) for name, seconds in cost.items() if seconds * min_rounds > budget}
+    shared = sum(seconds for name, seconds in cost.items() if name not in last)
+    rounds = max(min_rounds, min(max_rounds, int(budget / max(shared, 1e-9))))
+    if self_timed or not shared:
+        last = {}
+        rounds = min_rounds
     order, shuffle = list(calls), random.Random(seed).shuffle
     flush = _cache_flusher() if device == "cuda" else None
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()
     try:
-        for _ in range(rounds):
+        for number in range(rounds):
             shuffle(order)
             for name in order:
+                if number >= last.get(name, rounds):
+                    continue
                 call, timing = calls[name], timings[name]
                 if self_timed:
                     timing.seconds.append(float(call()))
