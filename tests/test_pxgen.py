@@ -310,7 +310,7 @@ def test_small_groups_are_shown_whole(vae, anchors):
     report = explain(vae, anchors[:5], thresholds={"kld": 1e9, "mse": 1e9}, discovery=("k-center", "k-dispersion"))
     assert [sorted(r.indices) for r in report.representatives] == [[0, 1, 2, 3, 4]] * 2
     assert report.signatures == [
-        f"HIHE has 5 anchors, fewer than k = 10: {name} shows all of them." for name in ("k-center", "k-dispersion")
+        f"HIHE has 5 anchors, fewer than k = 10: {name} shows the whole group." for name in ("k-center", "k-dispersion")
     ]
     one = explain(vae, anchors[:1], thresholds={"kld": 1e9, "mse": 1e9})
     assert one.representatives[0].indices == [0]

@@ -139,6 +139,7 @@ def to_markdown(result: dict[str, Any]) -> str:
             "contender",
             "median",
             "p20–p80",
+            "rounds",
             *(["wall"] if wall else []),
             "× limit",
             "peak memory",
@@ -152,7 +153,7 @@ def to_markdown(result: dict[str, Any]) -> str:
             cells.append(str(row["rounds"]))
             if wall:
                 cells.append(seconds(row["wall"]["p50"]) if row["wall"] else "")
-            cells.append(f"{limit['p50']:.2f}" if limit else "")
+            cells.append(f"{limit['p50']:.3g}" if limit else "")
             cells.append(_bytes(row["peak_memory"]))
             cells.append("**wrong** " * row["wrong"] + (f"{row['error']:.1e}" if row["error"] is not None else ""))
             others = [(o, r["p50"]) for o, r in row["faster_than"].items() if o not in limits]

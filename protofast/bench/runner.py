@@ -180,7 +180,7 @@ def measure(
             "faster_than": {},
             "peak_memory": None if role == "limit" or spec.self_timed else memory.peak(call, device),
         }
-        if role == "protofast" and not row["wrong"]:
+        if role == "protofast" and not row["wrong"] and not spec.self_timed:
             others = [*(o for o in calls if o in right and not o.startswith(OURS)), *limits]
             row["faster_than"] = {other: ratio(timings[other], timing) for other in others}
         rows.append(row)

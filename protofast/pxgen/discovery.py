@@ -58,7 +58,8 @@ def choose(
     """
     remarks = []
     if k > len(members):
-        remarks.append(f"{group} has {len(members)} anchors, fewer than k = {k}: {algorithm} shows all of them.")
+        count = "1 anchor" if len(members) == 1 else f"{len(members)} anchors"
+        remarks.append(f"{group} has {count}, fewer than k = {k}: {algorithm} shows the whole group.")
         k = len(members)
     rows = torch.from_numpy(points)
     if algorithm == "k-center":

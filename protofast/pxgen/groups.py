@@ -85,13 +85,13 @@ def signatures(summaries: Sequence[GroupSummary], thresholds: Sequence[Threshold
         )
     if share["HILE"] > 0.5:
         found.append(
-            f"HILE holds {share['HILE']:.0%} of the anchors: the model is confident and wrong on most of them, as a "
+            f"HILE holds {100 * share['HILE']:.0f} % of the anchors: the model is confident and wrong on most of them, as a "
             "collapsed or overfitted model is."
         )
     for threshold in thresholds:
         if threshold.unstable:
             found.append(
-                f"The threshold of {threshold.criterion} is unstable: it varies by {threshold.spread:.0%} between "
+                f"The threshold of {threshold.criterion} is unstable: it varies by {100 * threshold.spread:.0f} % between "
                 f"{len(threshold.iterations)} iterations (20 % is the limit). Use more generations or more iterations."
             )
     return found
