@@ -2,8 +2,9 @@
 
     python benchmarks/gpu.py [--only build,tests,bench] [--shapes quick|full] [--out benchmarks/results]
 
-Needs Python, torch, numpy and pytest; uses Triton, nvcc, a C++ compiler, typer, matplotlib and diffusers where they are
-there. Writes <gpu>.json, .csv and .md; ends with exit code 1 if a step failed, after the other steps have run.
+Needs Python, torch, numpy, scipy, pytest and hypothesis; uses Triton, nvcc, a C++ compiler, typer, matplotlib and
+diffusers where they are there. Writes <gpu>.json, .csv and .md; ends with exit code 1 if a step failed, after the other
+steps have run.
 """
 
 from __future__ import annotations

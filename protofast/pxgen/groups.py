@@ -85,13 +85,14 @@ def signatures(summaries: Sequence[GroupSummary], thresholds: Sequence[Threshold
         )
     if share["HILE"] > 0.5:
         found.append(
-            f"HILE holds {100 * share['HILE']:.0f} % of the anchors: the model is confident and wrong on most of them, as a "
-            "collapsed or overfitted model is."
+            f"HILE holds {100 * share['HILE']:.0f} % of the anchors: the model is confident and wrong on most of "
+            "them, as a collapsed or overfitted model is."
         )
     for threshold in thresholds:
         if threshold.unstable:
             found.append(
-                f"The threshold of {threshold.criterion} is unstable: it varies by {100 * threshold.spread:.0f} % between "
-                f"{len(threshold.iterations)} iterations (20 % is the limit). Use more generations or more iterations."
+                f"The threshold of {threshold.criterion} is unstable: it varies by {100 * threshold.spread:.0f} % "
+                f"between {len(threshold.iterations)} iterations (20 % is the limit). Use more generations or more "
+                "iterations."
             )
     return found

@@ -21,9 +21,7 @@ def ddim_step(
     clip_max: float,
     guidance_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    a, b, c, d, p, q, sigma = coefficients(
-        alphas_cumprod, timestep, prev_timestep, eta, prediction_type, sample.ndim
-    )
+    a, b, c, d, p, q, sigma = coefficients(alphas_cumprod, timestep, prev_timestep, eta, prediction_type, sample.ndim)
     x, m = sample.double(), model_output.double()
     if cond_output is not None:
         m = m + guidance_scale * (cond_output.double() - m)
