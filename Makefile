@@ -48,10 +48,10 @@ clean:
 
 # PROTOFAST_BUILD_CUDA=1 or 0 in the environment decides whether the CUDA sources are built; unset, an nvcc decides.
 .venv/ready: .venv/packages pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
-	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { \
-	  echo "make: no C++ compiler found; on Debian and Ubuntu: apt install g++"; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || { \
+	  echo "make: no C++ compiler found as '$${CXX:-c++}'; on Debian and Ubuntu: apt install g++ (or set CXX)"; exit 1; }
 	@.venv/bin/python -c 'import sysconfig, pathlib, sys; sys.exit(not (pathlib.Path(sysconfig.get_path("include")) / "Python.h").exists())' || { \
 	  echo "make: Python.h is missing; on Debian and Ubuntu: apt install python3-dev"; exit 1; }
 	@$(PIP) install --no-build-isolation --no-deps -e . || { \
-	  echo "make: building protofast failed; see the compiler's lines above (a C++20 compiler is needed: g++ 10, clang++ 11 or newer)"; exit 1; }
+	  echo "make: building protofast failed; see the compiler's lines above (a C++20 compiler is needed: g++ 11, clang++ 14 or newer)"; exit 1; }
 	@touch $@

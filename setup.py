@@ -86,6 +86,8 @@ def native() -> dict:
         macros += [("PROTOFAST_CUDA", f'"{version}"'), ("PROTOFAST_CUDA_ARCHS", f'"{archs}"')]
         library_dirs += [str(home / "lib64")]
         link = ["-lcudart_static", "-lrt", "-lpthread", "-ldl"]
+    # libtorch.so carries no symbol of ours, but brings libtorch_cuda.so where there is one.
+    keep = ["-Wl,--no-as-needed"] if sys.platform == "linux" else []
     extension = Extension(
         "protofast._C",
         sorted(str(source.relative_to(ROOT)) for source in sources),
@@ -97,8 +99,7 @@ def native() -> dict:
             "cxx": ["-std=c++20", "-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"],
             "nvcc": ["-std=c++20", "-O3", "--threads=2", "-Xcompiler=-fvisibility=hidden"],
         },
-        # libtorch.so carries no symbol of ours, but brings libtorch_cuda.so where there is one.
-        extra_link_args=[*link, "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"],
+        extra_link_args=[*link, *keep, "-ltorch", "-ltorch_cpu", "-lc10"],
         language="c++",
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}

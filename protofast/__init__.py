@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from . import _ops as _ops
 from . import backends as backends
 from ._backend import BackendInfo, BackendUnavailableError, backend_info, use_backend
+from ._backend import version as _version
 from .ddim import DDIMSchedule, DDIMStep, ddim_inverse_step, ddim_step
 from .prototype import (
     PrototypeActivation,
@@ -26,9 +27,7 @@ def __getattr__(name: str) -> object:
     if name in _LAZY:
         return importlib.import_module(f".{name}", __name__)
     if name == "__version__":
-        from importlib.metadata import version
-
-        return version("protofast")
+        return _version()
     raise AttributeError(f"module 'protofast' has no attribute {name!r}")
 
 

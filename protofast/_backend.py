@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from torch.autograd import forward_ad
 
 from . import _ops
 
@@ -57,6 +58,10 @@ def use_backend(name: str) -> Iterator[None]:
 
 def overload(op: str, device: str, backend: str | None = None) -> torch._ops.OpOverload:
     """The overload of `op` that runs on tensors of device type `device`."""
+    if forward_ad._current_level >= 0 and op in _ops.DIFFERENTIABLE:  # torch would drop the tangents without a word
+        raise NotImplementedError(
+            f"{op} has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad); use backward mode"
+        )
     wanted = backend or _chosen or _from_environment
     if wanted is None:
         try:
@@ -84,22 +89,33 @@ def _named(op: str, backend: str) -> torch._ops.OpOverload:
 
 
 def _first(op: str, device: str) -> str:
-    for backend in PREFERENCE.get(device, ("reference",)):
-        if why_not(op, device, backend) is None:
-            return backend
-    return "reference"
+    return next((b for b in PREFERENCE.get(device, ()) if _runs(op, device, b)), "reference")
+
+
+def _runs(op: str, device: str, backend: str) -> bool:
+    return not _ops.KERNELS[op].get(backend, set()).isdisjoint((device, "default"))
 
 
 def why_not(op: str, device: str, backend: str) -> str | None:
-    """The reason why `backend` cannot run `op` on `device`, or None when it can."""
-    devices = _ops.KERNELS[op].get(backend, set())
-    if device in devices or "default" in devices:
+    """The reason why `backend` cannot run `op` on `device`, and the cure; None when it can."""
+    if _runs(op, device, backend):
         return None
     if backend in _ops.UNAVAILABLE:
         return f"backend {backend!r} is not available: {_ops.UNAVAILABLE[backend]}"
-    if devices:
-        return f"backend {backend!r} runs {op} on {', '.join(sorted(devices))} only, not on {device}"
-    return f"backend {backend!r} has no kernel for {op} yet; use backend='reference'"
+    instead = f"use backend={_first(op, device)!r}"
+    if devices := _ops.KERNELS[op].get(backend):
+        return f"backend {backend!r} runs {op} on {', '.join(sorted(devices))} only, not on {device}; {instead}"
+    return f"backend {backend!r} has no kernel for {op} yet; {instead}"
+
+
+def version() -> str:
+    """This package's version; a checkout on PYTHONPATH that was never installed has none."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("protofast")
+    except PackageNotFoundError:
+        return "not installed"
 
 
 @dataclass(frozen=True)
@@ -112,8 +128,14 @@ class BackendInfo:
         Backend name to whether it loaded.
     reasons : dict of str to str
         For each backend that is absent, why, and how to get it.
+    chosen : str or None
+        The backend that `use_backend` or ``PROTOFAST_BACKEND`` asks for.
     ops : dict of str to dict of str to str
-        Op name to device type to the backend that would run it now.
+        Op name to device type to the backend that would run it now; ``"error"`` where the chosen one cannot.
+    why_not : dict of str to dict of str to dict of str to str
+        Op name to device type to backend to the reason why it cannot run there.
+    cuda : str
+        Whether torch sees a GPU, and what is missing if not.
     build : dict
         What the compiled module says of itself; empty without it.
     versions : dict of str to str
@@ -121,25 +143,40 @@ class BackendInfo:
 
     available: dict[str, bool]
     reasons: dict[str, str]
+    chosen: str | None
     ops: dict[str, dict[str, str]]
     why_not: dict[str, dict[str, dict[str, str]]]
+    cuda: str
     build: dict[str, object] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = ["  ".join(f"{name} {version}" for name, version in self.versions.items()), ""]
+        lines = ["  ".join(f"{name} {number}" for name, number in self.versions.items()), ""]
         for name, there in self.available.items():
-            lines.append(f"{name:<10} {'available' if there else 'absent: ' + self.reasons[name]}")
-        if self.build:
-            lines.append("native     " + ", ".join(f"{key} {value}" for key, value in self.build.items()))
+            built = f": {self._built()}" if name == "native" and self.build else ""
+            lines.append(f"{name:<10} {'available' + built if there else 'absent: ' + self.reasons[name]}")
+        lines.append(f"{'GPU':<10} {self.cuda}")
+        if self.chosen:
+            lines.append(f"{'chosen':<10} {self.chosen}")
         devices = list(next(iter(self.ops.values())))
         lines += ["", f"{'op':<24}" + "".join(f"{device:<12}" for device in devices)]
         for op, chosen in self.ops.items():
             lines.append(f"{op:<24}" + "".join(f"{chosen[device]:<12}" for device in devices))
-        lines.append("")
-        reasons = {why for devices_ in self.why_not.values() for row in devices_.values() for why in row.values()}
-        lines += sorted(f"- {why}" for why in reasons if not why.endswith("is not available"))
+        alike: dict[str, dict[str, None]] = {}  # a reason -> the ops that share it
+        for op, rows in self.why_not.items():
+            for row in rows.values():
+                for name, why in row.items():
+                    if self.available[name]:
+                        alike.setdefault(why.replace(op, "{}"), {})[op] = None
+        lines += ["", *(f"- {why.replace('{}', ', '.join(ops))}" for why, ops in alike.items())]
         return "\n".join(lines)
+
+    def _built(self) -> str:
+        said = ", ".join(f"{key} {self.build[key]}" for key in ("isa", "compiler", "built_with_torch"))
+        if self.build["cuda"]:
+            return f"{said}, cuda {self.build['cuda']} for {self.build['cuda_archs']}"
+        cure = f"install the CUDA toolkit, then `PROTOFAST_FORCE_CUDA=1 {_ops.BUILD}` in a checkout"
+        return f"{said}; no CUDA kernels: {cure}"
 
 
 def backend_info() -> BackendInfo:
@@ -158,8 +195,6 @@ def backend_info() -> BackendInfo:
     >>> pf.backend_info().available["reference"]
     True
     """
-    from importlib.metadata import version
-
     devices = ("cpu", "cuda")
     wanted = _chosen or _from_environment
 
@@ -171,6 +206,7 @@ def backend_info() -> BackendInfo:
     return BackendInfo(
         available={name: name not in _ops.UNAVAILABLE for name in _ops.BACKENDS},
         reasons=dict(_ops.UNAVAILABLE),
+        chosen=wanted,
         ops={op: {device: chosen(op, device) for device in devices} for op in _ops.SCHEMAS},
         why_not={
             op: {
@@ -179,6 +215,20 @@ def backend_info() -> BackendInfo:
             }
             for op in _ops.SCHEMAS
         },
+        cuda=_gpus(),
         build=compiled.build_info() if (compiled := sys.modules.get("protofast._C")) else {},
-        versions={"protofast": version("protofast"), "torch": torch.__version__},
+        versions={"protofast": version(), "torch": torch.__version__},
+    )
+
+
+def _gpus() -> str:
+    if not torch.backends.cuda.is_built():
+        return (
+            f"absent: torch {torch.__version__} is built without CUDA; https://pytorch.org/get-started has the builds"
+        )
+    count = torch.cuda.device_count()  # asks the driver's library, which starts no context
+    return (
+        f"{count} seen"
+        if count
+        else "absent: torch sees no GPU; `nvidia-smi` must list one (CUDA_VISIBLE_DEVICES hides)"
     )

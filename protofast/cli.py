@@ -27,7 +27,7 @@ def build() -> typer.Typer:
         def invoke(self, ctx: Any) -> Any:
             try:
                 return super().invoke(ctx)
-            except (typer.Exit, typer.Abort):
+            except (typer.Exit, typer.Abort, BrokenPipeError):  # typer ends quietly when `| head` has seen enough
                 raise
             except Exception as error:
                 if hasattr(error, "exit_code") or ctx.params.get("debug"):  # typer's own usage errors have a code

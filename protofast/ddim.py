@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from ._backend import overload
 from ._ops.ddim import PREDICTION_TYPES
+
+# Private, though torch's own generated code lives by it. The step is right without it, only slower.
+_below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
 
 
 class DDIMStep(NamedTuple):
@@ -176,6 +180,13 @@ def ddim_step(
     >>> pf.ddim_step(x, e, 500, 480, schedule).prev_sample.shape
     torch.Size([2, 3, 8, 8])
     """
+    if not isinstance(sample, Tensor):
+        raise TypeError(f"sample is a {type(sample).__name__}; give a torch tensor")
+    if not isinstance(schedule, DDIMSchedule):
+        raise TypeError(
+            f"schedule is a {type(schedule).__name__}; give a DDIMSchedule (DDIMSchedule.from_diffusers makes one of a "
+            "diffusers scheduler)"
+        )
     if not (sample.is_floating_point() and sample.ndim):
         raise TypeError(f"sample is {sample.dtype} of shape {tuple(sample.shape)}; give floating point (B, ...)")
     if prediction_type not in PREDICTION_TYPES:
@@ -252,7 +263,7 @@ def ddim_step(
         if differentiates or torch.compiler.is_compiling():
             result = step(*inputs)
         else:  # torch's autograd layer of an op with a formula in Python takes longer than a small step
-            with torch._C._AutoDispatchBelowAutograd():
+            with _below_autograd():
                 result = step(*inputs)
         return DDIMStep._make(result if wide == dtype else (r.to(dtype) for r in result))
     prev_out, x0_out = _outputs(out, sample)
@@ -314,6 +325,8 @@ def _pair(model_output: Tensor | tuple[Tensor, Tensor], sample: Tensor) -> tuple
         if len(model_output) != 2:
             raise ValueError(f"model_output has {len(model_output)} parts; guidance takes the pair (uncond, cond)")
         return model_output[0], model_output[1]
+    if not isinstance(model_output, Tensor):
+        raise TypeError(f"model_output is a {type(model_output).__name__}; give a torch tensor, or a pair of them")
     batch = sample.shape[0]
     if model_output.shape != (2 * batch, *sample.shape[1:]):
         raise ValueError(
@@ -324,6 +337,8 @@ def _pair(model_output: Tensor | tuple[Tensor, Tensor], sample: Tensor) -> tuple
 
 
 def _match(name: str, tensor: Tensor, sample: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; give a torch tensor")
     if tensor.shape != sample.shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; the sample's is {tuple(sample.shape)}")
     if tensor.device != sample.device:
@@ -339,6 +354,8 @@ def _outputs(out: Tensor | tuple[Tensor, Tensor], sample: Tensor) -> tuple[Tenso
             f"out has {len(pair)} parts; give prev_sample, or the pair (prev_sample, pred_original_sample)"
         )
     for name, tensor in zip(("out", "out[1]"), pair, strict=False):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; give a torch tensor")
         if tensor.shape != sample.shape or tensor.dtype != sample.dtype or tensor.device != sample.device:
             raise ValueError(
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; it must be {sample.dtype} "

@@ -251,7 +251,10 @@ def test_compare_finds_regressions_beyond_noise(result: dict) -> None:
     assert results.compare(scaled(1.0, limit=3.0), result)[1] == 0  # a slower machine is not a slower kernel
     elsewhere = scaled(1.0)
     elsewhere["environment"]["hardware"]["cpu"] = "another"
-    assert "was on another" in results.compare(result, elsewhere)[0]
+    elsewhere["environment"]["flags"]["threads"] = 77
+    table = results.compare(result, elsewhere)[0]
+    assert "was on another" in table
+    assert "The settings differ: threads 77 then, " in table
 
 
 def test_plots_come_from_the_file(result: dict, tmp_path) -> None:

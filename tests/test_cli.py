@@ -2,6 +2,7 @@
 # ruff: noqa: E402
 
 import json
+import os
 import subprocess
 import sys
 
@@ -178,6 +179,45 @@ def test_criteria_that_are_not_finite_are_kept(app, tmp_path, monkeypatch):
     with np.load(tmp_path / "out" / "criteria.npz") as kept:
         assert np.array_equal(np.isnan(kept["mse"]), images.mean((1, 2)) > 0.5)
         assert np.isfinite(kept["latent_nll"]).all()
+
+
+def test_a_place_that_cannot_hold_the_report_is_refused_first(app, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "_model", lambda _: pytest.fail("worked for nothing"))
+    (tmp_path / "report.html").write_text("mine")
+    for out, message in (
+        (tmp_path, "holds report.html, which no report of protofast wrote"),
+        (tmp_path / "report.html", "is a file"),
+        (tmp_path / "report.html" / "deeper", "is a file"),
+    ):
+        result = run(app, "pxgen", "--model", "x:y", "--out", out, *QUICK)
+        assert result.exit_code == 1
+        assert message in result.stderr
+
+
+def test_value_range(app, tmp_path, monkeypatch):
+    seen = []
+    adapter = FunctionAdapter(
+        lambda n, g: torch.rand(n, 1, 8, 8, generator=g), lambda x: seen.append(x) or x, lambda x: x.flatten(1)
+    )
+    monkeypatch.setattr(command, "_model", lambda _: adapter)
+    np.save(tmp_path / "x.npy", np.arange(20 * 64, dtype=np.uint8).reshape(20, 8, 8))
+    arguments = ["--data", tmp_path / "x.npy", "--intrinsic", "latent_nll", "--out", tmp_path / "out"]
+    result = run(app, "pxgen", *arguments, "--model", "x:y", "--value-range=-1,1", *QUICK)
+    assert result.exit_code == 0, result.output
+    assert (min(x.min() for x in seen), max(x.max() for x in seen)) == (-1, 1)
+    for wrong in ("--value-range=1", "--value-range=low,high"):
+        assert run(app, "pxgen", "--model", "x:y", wrong).exit_code == 2
+    assert run(app, "pxgen", "--train-class", "0", "--value-range=-1,1").exit_code == 2
+
+
+def test_a_reader_that_has_seen_enough():
+    reader, writer = os.pipe()
+    os.close(reader)
+    call = [sys.executable, "-m", "protofast.cli", "info"]
+    result = subprocess.run(call, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert result.stderr == ""
+    assert result.returncode == 1
 
 
 def test_findings_count_what_they_say():

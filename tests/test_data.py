@@ -589,6 +589,16 @@ def test_npy_of_objects_is_not_unpickled(tmp_path):
         load(tmp_path / "x.npy")
 
 
+def test_npy_by_name_only(tmp_path):
+    np.savez(tmp_path / "x.npz", TRAIN)
+    (tmp_path / "x.npz").rename(tmp_path / "x.npy")
+    (tmp_path / "y.npy").write_bytes(bytes(range(256)))
+    for name in ("x.npy", "y.npy"):
+        with pytest.raises(DataError, match=rf"{name} is not a whole .npy file") as caught:
+            load(tmp_path / name)
+        assert "pickle" not in str(caught.value)  # the cure is not to trust the file
+
+
 # .safetensors
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from contextlib import nullcontext
 from decimal import Decimal, localcontext
 
 import numpy as np
@@ -12,9 +13,10 @@ from helpers.layouts import expanded, far_apart, layouts
 from helpers.poison import poison
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 import protofast as pf
-from protofast import _ops
+from protofast import _ops, ddim
 from protofast._backend import overload
 from protofast._ops.ddim import PREDICTION_TYPES, coefficients
 
@@ -286,6 +288,11 @@ def test_timesteps_outside_give_nan(backend, device, kind):
 
 X, M = torch.zeros(2, 3), torch.zeros(2, 3)
 BAD = {
+    "sample array": ({"sample": X.numpy()}, TypeError, "sample is a ndarray"),
+    "output array": ({"model_output": M.numpy()}, TypeError, "model_output is a ndarray"),
+    "output none": ({"model_output": None, "guidance_scale": 2.0}, TypeError, "model_output is a NoneType"),
+    "schedule": ({"schedule": 1000}, TypeError, "schedule is a int; give a DDIMSchedule"),
+    "out number": ({"out": 5}, TypeError, "out is a int"),
     "sample integer": ({"sample": X.int()}, TypeError, "sample is torch.int32"),
     "sample scalar": ({"sample": torch.tensor(1.0)}, TypeError, r"sample is torch.float32 of shape \(\)"),
     "prediction": ({"prediction_type": "noise"}, ValueError, "prediction_type is 'noise'; choose one of epsilon"),
@@ -499,6 +506,24 @@ def test_no_synchronization(backend, device):
             pf.ddim_step(x, m, now, 2, SCHEDULE, clip_range=1.0, backend=backend)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_forward_mode_is_refused(backend, device):
+    """torch drops the tangents of an op without a forward formula, and would give a derivative of 0."""
+    x, m = draw(2, 3, 4, 4, device=device, count=2)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="ddim_step has no forward-mode"):
+        pf.ddim_step(forward_ad.make_dual(x, m), m, 500, 480, SCHEDULE, backend=backend)
+    with pytest.raises(NotImplementedError, match="prototype_distance has no forward-mode"):
+        torch.func.jvp(lambda x: pf.prototype_distance(x, x[0, :, 0].mT).distance, (x,), (m,))
+
+
+def test_works_without_the_private_shortcut(backend, device, monkeypatch):
+    x, m = draw(2, 3, device=device, count=2)
+    expected = pf.ddim_step(x, m, 500, 480, SCHEDULE, backend=backend)
+    assert ddim._below_autograd is not nullcontext, "this torch lacks it: a step takes longer"
+    monkeypatch.setattr(ddim, "_below_autograd", nullcontext)
+    found = pf.ddim_step(x, m, 500, 480, SCHEDULE, backend=backend)
+    assert all(map(torch.equal, found, expected))
 
 
 def test_inference_mode(backend, device):

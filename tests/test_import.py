@@ -58,6 +58,47 @@ class _Without:
         return getattr(self.finder, name)
 
 
+def _never_installed() -> tuple[str, str]:
+    import importlib.metadata
+
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    importlib.metadata.version = version
+    import protofast as pf
+
+    return pf.__version__, str(pf.backend_info())
+
+
+def test_works_in_a_checkout_that_was_never_installed():
+    version, info = run_fresh(_never_installed)
+    assert version == "not installed"
+    assert info.startswith("protofast not installed  torch ")
+
+
+def _said_without(module: str, message: str) -> str:
+    sys.meta_path[:] = [_Without(finder, module, message) for finder in sys.meta_path]
+    import protofast as pf
+
+    return str(pf.backend_info())
+
+
+def test_info_says_each_thing_once_and_no_path():
+    said = run_fresh(_said_without, "protofast._C", "/somewhere/protofast/_C.so: undefined symbol: x")
+    assert said.count("does not load (_C.so: undefined symbol: x)") == 1
+    assert "pip install --no-build-isolation" in said
+    assert "/somewhere" not in said
+    assert "GPU  " in said
+    reasons = [line for line in said.splitlines() if line.startswith("- ")]
+    assert len(reasons) <= 2, "one line a backend and cause"
+    assert all("use backend=" in line for line in reasons)
+
+
+def test_an_unknown_backend_in_the_environment_is_refused():
+    with pytest.raises(AssertionError, match=r"PROTOFAST_BACKEND is 'gpu'; choose one of 'reference', 'native'"):
+        run_fresh(_imported, PROTOFAST_BACKEND="gpu")
+
+
 def _step_without(module: str, message: str) -> tuple[str, str, list[float]]:
     sys.meta_path[:] = [_Without(finder, module, message) for finder in sys.meta_path]
     import torch

@@ -28,9 +28,9 @@ from protofast.pxgen import (
     GeneratorAdapter,
     Noise,
     VAEAdapter,
-    analysis,
     criteria,
     noise,
+    run,
     store,
 )
 
@@ -293,7 +293,7 @@ def test_several_criteria_features_and_thresholds(vae, anchors):
 
 @pytest.mark.parametrize("limit", [0, 2**28])
 def test_features_from_pixels_functions_and_vectors(vae, anchors, monkeypatch, limit):
-    monkeypatch.setattr(analysis, "IN_MEMORY", limit)  # 0: in a mapped file
+    monkeypatch.setattr(run, "IN_MEMORY", limit)  # 0: in a mapped file
     flat = anchors.flatten(1)
     for features in ("pixels", lambda x: x.flatten(1), flat, flat.numpy()):
         report = explain(vae, anchors, **{**PAPER_CODE, "features": features}, k=3)
@@ -324,9 +324,12 @@ def test_lookalikes_are_noticed(vae, anchors):
     features = torch.zeros(len(anchors), 2)
     features[0, 0] = 1.0
     features[1:, 1] = torch.arange(len(anchors) - 1) * 1e-6
-    settings = {"thresholds": {"kld": 1e9, "mse": 1e9}, "discovery": "k-dispersion", "k": 4}
+    settings = {"thresholds": {"kld": 1e9, "mse": 1e9}, "discovery": ["k-center", "k-dispersion"], "k": 4}
     report = explain(vae, anchors, features=features, **settings)
-    assert any("k-dispersion representatives of HIHE look alike" in said for said in report.signatures)
+    for algorithm in settings["discovery"]:
+        assert any(f"{algorithm} representatives of HIHE look alike" in said for said in report.signatures)
+    copies = anchors[[0, 0, 1]]  # a group that is shown whole has no other choice
+    assert not explain(vae, copies, features="pixels", **{**settings, "k": 3}).signatures
     assert not explain(vae, anchors, features="pixels", **settings).signatures
     same_everywhere = explain(vae, anchors, features=torch.ones(len(anchors), 2), **settings)
     assert any("look alike" in said for said in same_everywhere.signatures)
@@ -501,7 +504,7 @@ def test_models_that_do_not_fit(vae, anchors):
     report = explain(VAEAdapter(flat, flatten=True), anchors)
     assert report.reconstructions[report.representatives[0].indices[0]].shape == SHAPE
     bad = FunctionAdapter(lambda count, generator: torch.zeros(count, 2, 6, 6), lambda x: x)
-    with pytest.raises(ValueError, match=r"generation has shape \(40, 2, 6, 6\)"):
+    with pytest.raises(ValueError, match=r"generation has shape \(2, 2, 6, 6\)"):
         explain(bad, anchors, intrinsic=lambda x: x.flatten(1).sum(1))
     with pytest.raises(ValueError, match=r"'kld' needs log_variance, mean, which FunctionAdapter does not give"):
         explain(bad, anchors, intrinsic="kld")
@@ -521,6 +524,9 @@ class Endless(IterableDataset):
         ({"iterations": 0}, ValueError, "iterations is 0"),
         ({"batch_size": -1}, ValueError, "batch_size is -1"),
         ({"seed": -1}, ValueError, "seed is -1"),
+        ({"seed": 2**64}, ValueError, r"seed is 18446744073709551616; give at least 0 and less than 2\*\*63"),
+        ({"k": 2.5}, TypeError, "k is 2.5; give a whole number"),
+        ({"work_dir": __file__}, NotADirectoryError, r"work_dir .*test_pxgen\.py is a file"),
         ({"discovery": "k-means"}, ValueError, "discovery is 'k-means'; choose from 'k-center'"),
         ({"discovery": []}, ValueError, r"discovery is \[\]"),
         ({"groups": ["HEHI"]}, ValueError, r"groups is \['HEHI'\]"),
@@ -528,6 +534,9 @@ class Endless(IterableDataset):
         ({"features": "pixel"}, ValueError, "features is 'pixel'"),
         ({"features": torch.zeros(3, 2)}, ValueError, r"features has shape \(3, 2\)"),
         ({"features": lambda x: x[0]}, ValueError, "one row an image"),
+        ({"features": np.full((160, 2), "a")}, TypeError, "features has dtype <U1; give real numbers"),
+        ({"features": lambda x: x.flatten(1).log()}, ValueError, "features of anchor 7 are not finite"),
+        ({"features": 1 / (torch.arange(160.0)[:, None] - 7)}, ValueError, "features of anchor 7 are not"),
         ({"thresholds": "max"}, ValueError, "thresholds is 'max'"),
         ({"thresholds": {"fid": 1}}, ValueError, "thresholds names fid"),
         ({"thresholds": "percentile", "percentile": 0}, ValueError, "percentile is 0"),
@@ -548,6 +557,7 @@ class Endless(IterableDataset):
     ],
 )
 def test_settings_that_do_not_fit(vae, anchors, settings, error, message):
+    anchors[7, 0, 0, 0] = 0
     with pytest.raises(error, match=message):
         explain(**{"model": vae, "anchors": anchors, **settings})
 
@@ -613,6 +623,7 @@ def test_encoders_of_other_makes(vae, anchors):
     assert same(explain(VAEAdapter(Forward()), anchors), expected)
 
 
+@pytest.mark.filterwarnings("ignore:the model generates values")
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 def test_diffusion(anchors, kind):
     schedule = pf.DDIMSchedule.linear(100)
@@ -640,6 +651,57 @@ def test_diffusion(anchors, kind):
     assert adapter.generate(Noise(range(3))).shape == (3, *SHAPE)
 
 
+def test_diffusion_in_another_range(anchors):
+    data, seen = Dataset(anchors.numpy()), []
+
+    def model(x, t):
+        seen.append((float(x.min()), float(x.max())))
+        return torch.zeros_like(x)
+
+    adapter = DiffusionAdapter(model, pf.DDIMSchedule.linear(10), 1, loss_timesteps=1, clip_range=1.0)
+    settings = {"intrinsic": "inversion_nll", "thresholds": {"inversion_nll": 1e9, "mse": 1e9}}
+    report = explain(adapter, data, value_range=(-1, 1), **settings)
+    assert min(low for low, _ in seen) < -0.99
+    row = report.representatives[0].indices[0]
+    np.testing.assert_allclose(report.originals[row], anchors[row], atol=1e-6)  # pictures are in [0, 1] again
+    with pytest.warns(UserWarning, match=r"generates values from -1 to 1, and value_range is \(0.0, 1.0\)"):
+        explain(adapter, data, iterations=1)
+
+
+def test_networks_behind_methods_and_objects(vae):
+    class Holder:
+        def __init__(self):
+            self.network = vae
+
+        def encode(self, x):
+            return self.network.encode(x)
+
+        def decode(self, z):
+            return self.network.decode(z)
+
+    schedule = pf.DDIMSchedule.linear(10)
+    for adapter in (
+        VAEAdapter(Holder()),
+        FunctionAdapter(vae.decode, vae.encode, vae.encode),
+        DiffusionAdapter(vae.decode, schedule, 1, loss_timesteps=1),
+    ):
+        assert adapter.modules == [vae]
+    first = VAEAdapter(Holder()).fingerprint()
+    vae.decoder.bias.data += 1
+    assert VAEAdapter(Holder()).fingerprint() != first
+
+
+def test_generation_that_does_not_fit_is_said_first(anchors):
+    batches = []
+    bad = FunctionAdapter(lambda count, generator: torch.zeros(count, 2, 6, 6), lambda x: batches.append(len(x)) or x)
+    settings = {"intrinsic": lambda x: x.flatten(1).sum(1)}
+    with pytest.raises(ValueError, match="generation has shape"):
+        explain(bad, anchors, **settings)
+    assert batches == [2]
+    given = {"<lambda>": 1e9, "mse": 1.0}  # nothing needs to be generated
+    assert explain(bad, anchors, thresholds=given, **settings).summaries[0].count == len(anchors)
+
+
 def test_diffusion_that_does_not_fit(anchors):
     schedule = pf.DDIMSchedule.linear(10)
     with pytest.raises(TypeError, match="schedule is a int"):
@@ -654,6 +716,7 @@ def test_diffusion_that_does_not_fit(anchors):
         DiffusionAdapter(lambda x, t: x, schedule, 2, loss_timesteps=1).generate(Noise([0]))
 
 
+@pytest.mark.filterwarnings("ignore:the model generates values")
 def test_generator_is_inverted(anchors):
     torch.manual_seed(0)
     generator = nn.Sequential(nn.Linear(3, 36), nn.Tanh(), nn.BatchNorm1d(36), nn.Unflatten(1, SHAPE)).train()
@@ -691,7 +754,7 @@ def test_functions_and_adapters_of_your_own(anchors):
     adapter = FunctionAdapter(generate, lambda x: x.round(), lambda x: x.flatten(1)[:, :3])
     first, second = explain(adapter, anchors, **settings), explain(adapter, anchors, **settings)
     assert same(first, second)
-    assert [count for count, _ in asked] == [30, 10] * 6
+    assert [count for count, _ in asked] == [2, *[30, 10] * 3] * 2  # two to try, then three iterations
     assert len({draw for _, draw in asked}) == 6  # every batch has its own seed, the same in both runs
 
     class Own:

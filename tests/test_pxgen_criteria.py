@@ -112,6 +112,7 @@ def test_lpips_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(c, "_lpips_network", lambda device: lambda a, b: (a - b).square().flatten(1).sum(1)[:, None])
     got = c.lpips(x[:, :1], y[:, :1])
     torch.testing.assert_close(got, 12 * (x[:, 0] - y[:, 0]).square().flatten(1).sum(1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(c.lpips(2 * x - 1, 2 * y - 1, value_range=(-1, 1)), c.lpips(x, y), rtol=1e-5, atol=0)
     with pytest.raises(ValueError, match=r"shape \(2, 3, 8, 8\)"):
         c.lpips(*images(2, 3, 8, 8))
 
@@ -188,10 +189,10 @@ def test_signatures():
     (empty,) = groups.signatures(summary(0, 0.5, 0.2, 0.3), [steady])
     assert "HIHE is empty" in empty
     (deluded,) = groups.signatures(summary(0.2, 0.51, 0.2, 0.09), [steady])
-    assert deluded.startswith("HILE holds 51%")
+    assert deluded.startswith("HILE holds 51 %")
     shaky = Threshold("mse", "extrinsic", "max-mean", 1.0, [1.0, 2.0, 3.0], 0.25, 0.25)
     (unstable,) = groups.signatures(summary(1, 0, 0, 0), [steady, shaky])
-    assert "threshold of mse is unstable: it varies by 25% between 3 iterations" in unstable
+    assert "threshold of mse is unstable: it varies by 25 % between 3 iterations" in unstable
 
 
 CRITERIA_OF_RUN = [CRITERIA["kld"], CRITERIA["mse"]]

@@ -243,6 +243,27 @@ def test_a_kill_half_way_leaves_the_old_report(tmp_path):
     assert len(left) == 1  # what was being built, never in the way
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path not in left} == before
     make(seed=1).save(tmp_path)
+    assert not list(tmp_path.glob(".report-*"))
+
+
+def test_a_kill_between_the_moves_is_mended_by_the_next_save(tmp_path):
+    script = (
+        f"import os, signal, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_pxgen_report import files, make\n"
+        "move, moved = os.replace, []\n"
+        "def limited(*paths):\n"
+        "    if len(moved) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    moved.append(move(*paths))\n"
+        "files.os.replace = limited\n"
+        f"make().save({str(tmp_path)!r})\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert (tmp_path / "report.html").exists()
+    assert not (tmp_path / "result.json").exists()
+    make(seed=1).save(tmp_path)
+    assert Report.load(tmp_path).seeds == {"seed": 1}
+    assert not list(tmp_path.glob(".report-*"))
 
 
 def test_saving_again_replaces_all_of_it_and_nothing_else(tmp_path):

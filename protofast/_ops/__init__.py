@@ -14,8 +14,12 @@ NAMESPACE = "protofast"
 BACKENDS = ("reference", "native", "triton")
 
 SCHEMAS: dict[str, str] = {}
+DIFFERENTIABLE: set[str] = set()
 KERNELS: dict[str, dict[str, set[str]]] = {}
 """op -> backend -> device types that have a kernel ("default" means any)."""
+
+BUILD = "pip install --no-build-isolation --no-deps --force-reinstall ."
+"""Builds the compiled backend, in a checkout."""
 
 UNAVAILABLE: dict[str, str] = {}
 """backend -> why it could not be loaded, and the cure. Filled while the backends are imported."""
@@ -37,6 +41,7 @@ def define(
         torch.library.define(qualname, schema)
         torch.library.register_fake(qualname, fake)
         if backward is not None:
+            DIFFERENTIABLE.add(name)
             torch.library.register_autograd(qualname, backward, setup_context=setup_context)
 
 

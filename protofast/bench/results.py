@@ -209,6 +209,9 @@ def compare(new: dict[str, Any], old: dict[str, Any]) -> tuple[str, int]:
     head = ["| op | case | contender | new / old | measured in | verdict |", "|---|---|---|---|---|---|"]
     places = [r["environment"]["hardware"].get("gpu", r["environment"]["hardware"]["cpu"]) for r in (old, new)]
     note = [] if places[0] == places[1] else ["", f"The old run was on {places[0]}, this one on {places[1]}."]
+    then, now = (r["environment"]["flags"] for r in (old, new))
+    if differ := [f"{flag} {then.get(flag)} then, {now[flag]} now" for flag in now if now[flag] != then.get(flag)]:
+        note += ["", f"The settings differ: {'; '.join(differ)}."]
     here = {_key(row) for row in new["rows"]}
     if missing := [key for key in before if key not in here and key[0] in {row["op"] for row in new["rows"]}]:
         note += ["", f"{len(missing)} rows of the old run are not in this one, such as {' '.join(missing[0])}."]

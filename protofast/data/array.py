@@ -26,7 +26,7 @@ class _Mapped(np.memmap):
 def open_npy(path: Path) -> np.ndarray:
     """The array of a .npy file, memory-mapped for reading."""
     try:
-        mapped = np.load(path, mmap_mode="r", allow_pickle=False).view(_Mapped)
+        mapped = np.lib.format.open_memmap(path, mode="r").view(_Mapped)
     except (ValueError, EOFError) as error:
         raise DataError(
             f"{path} is not a whole .npy file of numbers ({error}); write it again with numpy.save"

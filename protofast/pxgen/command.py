@@ -74,6 +74,12 @@ def pxgen(
         bool, Option("--resume", help="Keep tables in OUT/work while running, and continue from those found there.")
     ] = False,
     work: Annotated[Path | None, Option(help="As --resume, in this folder.")] = None,
+    value_range: Annotated[
+        str,
+        Option(
+            help="Lowest and highest value of the model's images, `-1,1` for most diffusion models; anchors are scaled."
+        ),
+    ] = "0,1",
     progress: Annotated[bool, Option(help="Show progress bars.")] = True,
 ) -> None:
     """Explain a generative model through anchors: a report of what it knows and what it reproduces.
@@ -96,6 +102,11 @@ def pxgen(
     if (model is None) == (train_class is None):
         raise typer.BadParameter("give either --model or --train-class", param_hint="--model")
     chosen = _thresholds(thresholds)
+    span = _range(value_range)
+    if train_class is not None and span != (0, 1):
+        raise typer.BadParameter("the VAE of --train-class works in 0,1; leave it out", param_hint="--value-range")
+    folder = out or Path("runs") / f"pxgen-{Path(data).stem}"
+    _ready(folder)
     from .. import data as sources
 
     anchors = sources.load(data, split=split, root=root, image_size=image_size)
@@ -109,7 +120,6 @@ def pxgen(
         found = _model(str(model))
     if sample_latent:
         found = _sampling(found)
-    folder = out or Path("runs") / f"pxgen-{Path(data).stem}"
     report = _explain(
         found,
         anchors,
@@ -125,6 +135,7 @@ def pxgen(
         features=features,
         metric=metric,
         k=k,
+        value_range=span,
         batch_size=batch_size,
         seed=seed,
         device=device,
@@ -158,6 +169,7 @@ def demo(
 
     `protofast demo --out runs/zeros --seed 1 --no-open`
     """
+    _ready(out)
     from .. import data as sources
 
     anchors = sources.load("digits", split="all")
@@ -184,6 +196,13 @@ def demo(
 
 
 # ---- what the two share ----------------------------------------------------------------------------------------------
+
+
+def _ready(folder: Path) -> None:
+    """Fails now where the report could not be written after all the work."""
+    from .report import check
+
+    check(folder)
 
 
 def _explain(model: Any, anchors: Dataset, folder: Path, label: int | None, subject: str, **settings: Any) -> Report:
@@ -270,11 +289,19 @@ def _thresholds(text: str) -> dict[str, Any]:
     return {"thresholds": {name.strip(): _number(value, text) for name, _, value in pairs}}
 
 
-def _number(word: str, text: str) -> float:
+def _range(text: str) -> tuple[float, float]:
+    ends = text.split(",")
+    if len(ends) != 2:
+        raise typer.BadParameter(f"{text!r} is no pair such as -1,1", param_hint="--value-range")
+    low, high = (_number(end, text, "--value-range") for end in ends)
+    return low, high
+
+
+def _number(word: str, text: str, option: str = "--thresholds") -> float:
     try:
         return float(word)
     except ValueError:
-        raise typer.BadParameter(f"{word!r} in {text!r} is not a number", param_hint="--thresholds") from None
+        raise typer.BadParameter(f"{word!r} in {text!r} is not a number", param_hint=option) from None
 
 
 def _label(anchors: Dataset, wanted: str) -> int:

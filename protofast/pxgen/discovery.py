@@ -69,9 +69,10 @@ def choose(
     else:
         found = k_medoids(rows, k, metric=metric, start=torch.Generator().manual_seed(seed))
     indices = found.indices.cpu()
-    if algorithm == "k-dispersion" and k > 1 and _alike(rows[indices], metric):
+    # Medoids of one dense region may well be alike, and a group shown whole has no other choice.
+    if algorithm != "k-medoids" and 1 < k < len(members) and _alike(rows[indices], metric):
         remarks.append(
-            f"The k-dispersion representatives of {group} look alike: on {features} with the {metric} metric the "
+            f"The {algorithm} representatives of {group} look alike: on {features} with the {metric} metric the "
             "nearest two are under 1 % of the farthest two apart. These features do not tell the anchors apart, or one "
             "outlier dwarfs the rest."
         )

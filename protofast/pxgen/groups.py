@@ -91,7 +91,7 @@ def signatures(summaries: Sequence[GroupSummary], thresholds: Sequence[Threshold
     for threshold in thresholds:
         if threshold.unstable:
             found.append(
-                f"The threshold of {threshold.criterion} is unstable: it varies by {100 * threshold.spread:.0f} % "
+                f"The threshold of {threshold.criterion} is unstable: it varies by {100 * threshold.spread:.3g} % "
                 f"between {len(threshold.iterations)} iterations (20 % is the limit). Use more generations or more "
                 "iterations."
             )

@@ -25,6 +25,7 @@ FORMAT = "protofast-pxgen-1"
 _FIXED = ("anchor", "name", "label", "group")
 _NAMES = ("report.html", "scatter.png", "groups.png", *(f"{name}.png" for name in GROUPS), "pictures.npz")
 _DATA = ("anchors.parquet", "result.json")
+_ASIDE = ".report-"
 
 
 def save(report: Report, folder: str | os.PathLike[str]) -> Path:
@@ -51,18 +52,17 @@ def save(report: Report, folder: str | os.PathLike[str]) -> Path:
         When `folder` is a file.
     FileExistsError
         When `folder` holds a file of one of these names that belongs to no report.
+    PermissionError
     """
+    check(folder)
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; give a folder for the report")
-    present = [name for name in (*_NAMES, *_DATA) if (folder / name).exists()]
-    if present and not _is_report(folder):
-        raise FileExistsError(f"{folder} holds {present[0]}, which no report of protofast wrote; give another folder")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f"{_ASIDE}*"):  # by a save that was killed
+        shutil.rmtree(left, ignore_errors=True)
     aside = None
     try:
-        aside = Path(tempfile.mkdtemp(dir=folder, prefix=".report-"))
+        aside = Path(tempfile.mkdtemp(dir=folder, prefix=_ASIDE))
         _write(report, aside)
         for name in (*_NAMES, *_DATA):
             if (aside / name).exists():
@@ -77,6 +77,33 @@ def save(report: Report, folder: str | os.PathLike[str]) -> Path:
         raise
     aside.rmdir()
     return folder / "report.html"
+
+
+def check(folder: str | os.PathLike[str]) -> None:
+    """Refuses what `save` would refuse, so that it is known before the work that is to be saved.
+
+    Parameters
+    ----------
+    folder : path
+
+    Raises
+    ------
+    NotADirectoryError, FileExistsError, PermissionError
+        As `save`.
+    ImportError
+        When the extra ``protofast[pxgen]`` is needed.
+    """
+    for library in ("jinja2", "matplotlib", "PIL", "pyarrow"):
+        need(library, "pxgen")
+    folder = Path(folder)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is a file; give a folder for the report")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{there} cannot be written to; give another folder for the report")
+    present = [name for name in (*_NAMES, *_DATA) if (folder / name).exists()]
+    if present and not any(map(_is_report, (folder, *folder.glob(f"{_ASIDE}*")))):  # moves may have been cut short
+        raise FileExistsError(f"{folder} holds {present[0]}, which no report of protofast wrote; give another folder")
 
 
 def _is_report(folder: Path) -> bool:

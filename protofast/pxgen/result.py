@@ -144,9 +144,9 @@ class Report:
         """Number of anchors of each class in a group (all anchors when None), classes in ascending order."""
         if self.labels is None:
             raise ValueError("the anchors of this report have no labels; give labels= to explain()")
-        labels = self.labels if group is None else self.labels[self.members(group)]
-        every = np.unique(self.labels)
-        return {self._name(label): int((labels == label).sum()) for label in every}
+        every, class_of = np.unique(self.labels, return_inverse=True)
+        counts = np.bincount(class_of if group is None else class_of[self.members(group)], minlength=len(every))
+        return {self._name(label): int(count) for label, count in zip(every, counts, strict=True)}
 
     def label_shares(self, group: str) -> dict[str, float]:
         """Share of each class among the anchors of a group, in [0, 1]; all 0 when the group is empty."""

@@ -34,7 +34,10 @@ class Store:
         self.done, self.finished, self.columns = 0, False, dict[str, int]()
         self._files: dict[str, Any] = {}
         self._saved = time.monotonic()
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise NotADirectoryError(f"work_dir {folder} is a file; give a folder") from None
         path = folder / "state.json"
         if path.exists():
             self._resume(path)

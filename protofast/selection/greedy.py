@@ -90,7 +90,7 @@ def k_center(
     number = metric_number(metric)
     points, mask = points_and_mask(points, number, mask)
     k = number_to_choose(k, points, mask)
-    if initial is not None and len(initial):
+    if initial is not None and (isinstance(initial, int) or len(initial)):
         first = index_list("initial", initial, k, points, mask)
     else:
         first = _first(points, mask, start, k, number, backend)

@@ -110,7 +110,10 @@ def index_list(
 ) -> Tensor:
     """Distinct, allowed indices as an int64 tensor (m,), 1 ≤ m ≤ k, on the points' device."""
     if not isinstance(given, (Tensor, np.ndarray)):
-        given = torch.tensor([operator.index(one) for one in given], dtype=torch.int64)
+        try:
+            given = torch.tensor([operator.index(one) for one in given], dtype=torch.int64)
+        except TypeError:
+            raise TypeError(f"{name} is {given!r}; give a list of integer indices") from None
     index = tensor(name, given)
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise TypeError(f"{name} is {index.dtype}; give integer indices")

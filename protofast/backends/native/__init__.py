@@ -1,10 +1,9 @@
 """The compiled backend: CPU SIMD and CUDA kernels that the library `protofast._C` registers when it loads."""
 
 import importlib
+import re
 
 from protofast import _ops
-
-_BUILD = "`pip install --no-build-isolation --no-deps --force-reinstall .` in a checkout"
 
 try:
     _compiled = importlib.import_module("protofast._C")
@@ -12,12 +11,15 @@ except ModuleNotFoundError:
     _ops.UNAVAILABLE["native"] = (
         "the compiled module protofast._C was not built, for want of torch or of a C++20 compiler at install time (pip "
         "builds in isolation from torch unless told otherwise); install a compiler, setuptools, wheel and ninja, then "
-        f"run {_BUILD}"
+        f"run `{_ops.BUILD}` in a checkout"
     )
 except ImportError as error:
+    _why = re.sub(r"\S*/", "", str(error))  # without the paths of this machine
     _ops.UNAVAILABLE["native"] = (
-        f"the compiled module protofast._C is there but does not load ({error}); build it against this torch: {_BUILD}"
+        f"the compiled module protofast._C is there but does not load ({_why}); build it "
+        f"against this torch: `{_ops.BUILD}` in a checkout"
     )
 else:
     for _op, _devices in _compiled.build_info()["kernels"].items():
-        _ops.implemented(_op, "native", _devices)
+        if _op in _ops.SCHEMAS:  # a library older than this checkout may hold ops that are gone
+            _ops.implemented(_op, "native", _devices)
