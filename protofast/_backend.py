@@ -58,34 +58,34 @@ def use_backend(name: str) -> Iterator[None]:
 
 def overload(op: str, device: str, backend: str | None = None) -> torch._ops.OpOverload:
     """The overload of `op` that runs on tensors of device type `device`."""
-    if forward_ad._current_level >= 0 and op in _ops.DIFFERENTIABLE:  # torch would drop the tangents without a word
+    if (
+        getattr(forward_ad, "_current_level", -1) >= 0 and op in _ops.DIFFERENTIABLE
+    ):  # torch would drop the tangents without a word
         raise NotImplementedError(
             f"{op} has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad); use backward mode"
         )
-    wanted = backend or _chosen or _from_environment
-    if wanted is None:
-        try:
-            return _automatic[op, device]
-        except KeyError:
-            pass
-        chosen = _first(op, device)
-        found = _named(op, chosen)
+    wanted = _wanted(backend)
+    found = _found.get((op, device, wanted))
+    if found is None:
+        if wanted is not None and (reason := why_not(op, device, wanted)):
+            raise BackendUnavailableError(reason)
+        found = getattr(getattr(torch.ops.protofast, op), wanted or _first(op, device))
         if not torch.compiler.is_compiling():
-            _automatic[op, device] = found
-        return found
-    if reason := why_not(op, device, _check(wanted, "backend")):
-        raise BackendUnavailableError(reason)
-    return _named(op, wanted)
+            _found[op, device, wanted] = found
+    return found
 
 
-_automatic: dict[tuple[str, str], torch._ops.OpOverload] = {}
+_found: dict[tuple[str, str, str | None], torch._ops.OpOverload] = {}
 _from_environment = os.environ.get("PROTOFAST_BACKEND") or None
-if _from_environment is not None:
-    _check(_from_environment, "the environment variable PROTOFAST_BACKEND")
 
 
-def _named(op: str, backend: str) -> torch._ops.OpOverload:
-    return getattr(getattr(torch.ops.protofast, op), backend)
+def _wanted(backend: str | None = None) -> str | None:
+    """The backend that is asked for: by the call, by `use_backend`, by the environment, or by none of them."""
+    if backend is not None:
+        return _check(backend, "backend")
+    if _chosen is None and _from_environment is not None:
+        return _check(_from_environment, "the environment variable PROTOFAST_BACKEND")
+    return _chosen
 
 
 def _first(op: str, device: str) -> str:
@@ -196,7 +196,7 @@ def backend_info() -> BackendInfo:
     True
     """
     devices = ("cpu", "cuda")
-    wanted = _chosen or _from_environment
+    wanted = _wanted()
 
     def chosen(op: str, device: str) -> str:
         if wanted is None:

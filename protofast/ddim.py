@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ._backend import overload
 from ._ops.ddim import PREDICTION_TYPES
+from ._overlap import span
 
 # Private, though torch's own generated code lives by it. The step is right without it, only slower.
 _below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
@@ -187,16 +187,25 @@ def ddim_step(
             f"schedule is a {type(schedule).__name__}; give a DDIMSchedule (DDIMSchedule.from_diffusers makes one of a "
             "diffusers scheduler)"
         )
-    if not (sample.is_floating_point() and sample.ndim):
+    dtype, shape, where = sample.dtype, sample.shape, sample.device
+    if not (dtype.is_floating_point and shape):
         raise TypeError(f"sample is {sample.dtype} of shape {tuple(sample.shape)}; give floating point (B, ...)")
-    if prediction_type not in PREDICTION_TYPES:
+    kind = PREDICTION_TYPES.get(prediction_type)
+    if kind is None:
         raise ValueError(f"prediction_type is {prediction_type!r}; choose one of {', '.join(PREDICTION_TYPES)}")
     cond_output = None
     if guidance_scale is not None:
         model_output, cond_output = _pair(model_output, sample)
     elif isinstance(model_output, (tuple, list)):
         raise TypeError("model_output is a pair, which only guidance_scale takes; give one tensor, or the scale")
-    _match("model_output", model_output, sample)
+    same = (
+        isinstance(model_output, Tensor)
+        and model_output.dtype == dtype
+        and model_output.shape == shape
+        and model_output.device == where
+    )
+    if not same:  # what is the same needs no closer look, and the look costs as much as a small step
+        _match("model_output", model_output, sample)
     if cond_output is not None:
         _match("model_output (conditional part)", cond_output, sample)
     if (eta != 0) != (noise is not None):
@@ -214,11 +223,11 @@ def ddim_step(
         if not (len(ends) == 2 and ends[0] <= ends[1]):
             raise ValueError(f"clip_range is {clip_range}; give c >= 0 or (low, high) with low <= high")
         low, high = float(ends[0]), float(ends[1])
-    table, steps = schedule._on(sample.device)
-    kind = PREDICTION_TYPES[prediction_type]
+    table, steps = schedule._on(where)
     now = _timestep("timestep", timestep, steps, sample)
     prev = _timestep("prev_timestep", prev_timestep, steps, sample)
-    if not (isinstance(timestep, Tensor) or torch.compiler.is_compiling()):
+    compiling = torch.compiler.is_compiling()
+    if not (isinstance(timestep, Tensor) or compiling):
         alpha = schedule._values[timestep + 1]
         if alpha == 0 and prediction_type == "epsilon":
             raise ValueError(
@@ -228,12 +237,14 @@ def ddim_step(
         if alpha == 1 and (prediction_type == "sample" or eta > 0):
             raise ValueError(f"timestep {timestep} has cumulative alpha 1 (no noise), where this step is undefined")
 
-    dtype = sample.dtype
-    wide, mixed = dtype, False
-    for tensor in (model_output, cond_output, noise):
-        if tensor is not None and tensor.dtype != dtype:  # as under autocast
-            wide, mixed = torch.promote_types(wide, tensor.dtype), True
-    if mixed:
+    wide = dtype
+    if not (
+        (same or model_output.dtype == dtype)
+        and (cond_output is None or cond_output.dtype == dtype)
+        and (noise is None or noise.dtype == dtype)
+    ):  # as under autocast
+        for tensor in (model_output, cond_output, noise):
+            wide = wide if tensor is None else torch.promote_types(wide, tensor.dtype)
         model_output = model_output.to(wide)
         cond_output = None if cond_output is None else cond_output.to(wide)
         noise = None if noise is None else noise.to(wide)
@@ -251,7 +262,7 @@ def ddim_step(
         high,
         1.0 if guidance_scale is None else guidance_scale,
     )
-    device = "cpu" if sample.is_cpu else sample.device.type
+    device = where.type
     differentiates = torch.is_grad_enabled() and (
         sample.requires_grad
         or model_output.requires_grad
@@ -260,16 +271,18 @@ def ddim_step(
     )
     if out is None:
         step = overload("ddim_step", device, backend)
-        if differentiates or torch.compiler.is_compiling():
+        if differentiates or compiling:
             result = step(*inputs)
         else:  # torch's autograd layer of an op with a formula in Python takes longer than a small step
             with _below_autograd():
                 result = step(*inputs)
-        return DDIMStep._make(result if wide == dtype else (r.to(dtype) for r in result))
+        return DDIMStep(*result) if wide == dtype else DDIMStep._make(r.to(dtype) for r in result)
     prev_out, x0_out = _outputs(out, sample)
-    if differentiates or (torch.is_grad_enabled() and any(t.requires_grad for t in _there(prev_out, x0_out))):
+    if differentiates or (
+        torch.is_grad_enabled() and (prev_out.requires_grad or (x0_out is not None and x0_out.requires_grad))
+    ):
         raise ValueError("out= cannot be used where a gradient is needed; leave it out, or use torch.no_grad()")
-    if wide == dtype and not _tangled(_there(prev_out, x0_out), _there(*inputs[:4])):
+    if wide == dtype:
         overload("ddim_step_out", device, backend)(*inputs, prev_sample=prev_out, pred_original_sample=x0_out)
     else:
         result = overload("ddim_step", device, backend)(*inputs)
@@ -368,40 +381,12 @@ def _outputs(out: Tensor | tuple[Tensor, Tensor], sample: Tensor) -> tuple[Tenso
     if len(pair) == 1:
         return pair[0], None
     if not torch.compiler.is_compiling():
-        (first, end), (other_first, other_end) = _span(pair[0]), _span(pair[1])
+        (first, end), (other_first, other_end) = span(pair[0]), span(pair[1])
         # Where one is strided they may be interleaved, which is fine, unless both begin in the same place.
         dense = end - first == other_end - other_first == sample.numel() * sample.element_size()
         if first == other_first != end or (dense and first < other_end and other_first < end):
             raise ValueError("out[0] and out[1] share memory; give two tensors")
     return pair[0], pair[1]
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """The first address of a tensor, and the one after its last."""
-    first = tensor.data_ptr()
-    if tensor.is_contiguous():
-        return first, first + tensor.nbytes
-    if tensor.numel() == 0:
-        return first, first
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return first, first + (last + 1) * tensor.element_size()
-
-
-def _there(*tensors: Tensor | None) -> list[Tensor]:
-    return [t for t in tensors if t is not None]
-
-
-def _tangled(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
-    """Whether writing an output might change an input before it is read. Elements in the same places are safe."""
-    if torch.compiler.is_compiling():  # functionalization keeps them apart
-        return False
-    spans = [(t, *_span(t)) for t in inputs]
-    for o in outputs:
-        first, end = _span(o)
-        for t, other_first, other_end in spans:
-            if first < other_end and other_first < end and (first != other_first or t.stride() != o.stride()):
-                return True
-    return False
 
 
 def _timestep(name: str, value: int | Tensor, steps: tuple[Tensor, ...], sample: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def run(app, *arguments):
 @pytest.mark.parametrize(
     ("name", "taught"),
     [
-        ("pxgen", ("--train-class 0", "--model", "--resume", "--seed", "--out", "sure and wrong")),
+        ("pxgen", ("--train-class 0", "--model", "--seed", "--out", "sure and wrong")),
         ("demo", ("protofast demo --out", "--seed", "--out")),
         ("bench", ("--help",)),
         ("info", ("backends",)),
@@ -133,17 +133,34 @@ def test_weights_of_another_shape(app, tmp_path, weights):
 
 def test_model_from_weights_and_k_over_a_group(app, tmp_path, weights):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).random((20, 8, 8), np.float32))
-    common = ["--data", tmp_path / "x.npy", "--model", weights, "--out", tmp_path / "out", "--resume", "-k", "50"]
+    common = ["--data", tmp_path / "x.npy", "--model", weights, "--out", tmp_path / "out", "-k", "50"]
     result = run(app, "pxgen", *common, *QUICK)
     assert result.exit_code == 0, result.output
     assert "fewer than k = 50" in result.stdout
     report = Report.load(tmp_path / "out")
     assert len(report) == 20
     assert sum(len(entry.indices) for entry in report.representatives) == 20
-    assert (tmp_path / "out" / "work").is_dir()
+    assert not (tmp_path / "out" / "work").exists()
     before = (tmp_path / "out" / "anchors.parquet").read_bytes()
     assert run(app, "pxgen", *common, *QUICK).exit_code == 0
     assert (tmp_path / "out" / "anchors.parquet").read_bytes() == before
+
+
+def test_a_stopped_run_goes_on(app, tmp_path, weights, monkeypatch):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).random((20, 8, 8), np.float32))
+    common = ["--data", tmp_path / "x.npy", "--model", weights, "--out", tmp_path / "out"]
+    with monkeypatch.context() as patch:  # stopped once the tables are there
+        patch.setattr(Report, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        assert run(app, "pxgen", *common, *QUICK).exit_code == 1
+    table = np.memmap(tmp_path / "out" / "work" / "criteria.f8", np.float64, "r+", shape=(20, 2))
+    table[3, 1] = 0.125  # told from what would be computed again
+    table.flush()
+    other = run(app, "pxgen", *common, *QUICK, "--extrinsic", "mae")
+    assert other.exit_code == 1
+    assert "holds another analysis" in other.stderr
+    assert run(app, "pxgen", *common, *QUICK).exit_code == 0
+    assert Report.load(tmp_path / "out").criteria["mse"][3] == 0.125
+    assert not (tmp_path / "out" / "work").exists()
 
 
 def test_model_from_a_function_here(app, tmp_path, monkeypatch):

@@ -360,6 +360,7 @@ def test_epsilon_at_zero_alpha_is_refused():
 def test_absent_backend_says_why(monkeypatch):
     monkeypatch.setitem(_ops.KERNELS["ddim_step"], "native", set())
     monkeypatch.setitem(_ops.UNAVAILABLE, "native", "not built")
+    monkeypatch.setattr("protofast._backend._found", {})
     with pytest.raises(pf.BackendUnavailableError, match="backend 'native' is not available: not built"):
         pf.ddim_step(X, M, 5, 4, SCHEDULE, backend="native")
 

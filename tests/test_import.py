@@ -96,7 +96,7 @@ def test_info_says_each_thing_once_and_no_path():
 
 def test_an_unknown_backend_in_the_environment_is_refused():
     with pytest.raises(AssertionError, match=r"PROTOFAST_BACKEND is 'gpu'; choose one of 'reference', 'native'"):
-        run_fresh(_imported, PROTOFAST_BACKEND="gpu")
+        run_fresh(_said_without, "nothing", "", PROTOFAST_BACKEND="gpu")
 
 
 def _step_without(module: str, message: str) -> tuple[str, str, list[float]]:

@@ -304,6 +304,9 @@ def test_store(tmp_path):
     assert again.done == 3
     assert again.finished
     assert again.table("criteria.f8").tolist() == [[0, 1], [2, 3], [4, 5]]
+    with pytest.raises(ValueError, match="is in use by another run"):
+        opened()
+    again.close()
     with pytest.raises(ValueError, match=r"another analysis \(seed was 0, now 1\); choose another work_dir, or delete"):
         opened(seed=1)
     (tmp_path / "run" / "criteria.f8").write_bytes(b"short")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -70,10 +71,6 @@ def pxgen(
     device: Annotated[str | None, Option(help="Where to run the model, such as `cuda`.")] = None,
     seed: Annotated[int, Option(min=0, help="Seed of all that is random.")] = 0,
     out: Annotated[Path | None, Option(help="Folder of the report; by default runs/pxgen-DATA.")] = None,
-    resume: Annotated[
-        bool, Option("--resume", help="Keep tables in OUT/work while running, and continue from those found there.")
-    ] = False,
-    work: Annotated[Path | None, Option(help="As --resume, in this folder.")] = None,
     value_range: Annotated[
         str,
         Option(
@@ -88,11 +85,14 @@ def pxgen(
     (extrinsic). Thresholds from the model's own generations give four groups; one of them, HILE, is where the model is
     sure and wrong.
 
+    A run that was killed goes on where it was when the same command is given again: its tables are in OUT/work until
+    the report is written.
+
     **Examples**
 
     `protofast pxgen --data digits --train-class 0`
 
-    `protofast pxgen --data fashion-mnist --train-class 0 --out runs/fashion --resume`
+    `protofast pxgen --data fashion-mnist --train-class 0 --out runs/fashion`
 
     `protofast pxgen --data photos/ --image-size 64 --model mymodels:load_vae --extrinsic mse,ssim`
 
@@ -139,10 +139,11 @@ def pxgen(
         batch_size=batch_size,
         seed=seed,
         device=device,
-        work_dir=work or (folder / "work" if resume else None),
+        work_dir=folder / "work",
         progress=progress,
     )
     _tell(report, report.save(folder))
+    shutil.rmtree(folder / "work")
 
 
 def demo(

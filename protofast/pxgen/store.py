@@ -6,9 +6,14 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # Windows, where two runs in one folder are not kept apart
+    fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1
 CHECKPOINT_SECONDS = 1.0
@@ -38,9 +43,14 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
             raise NotADirectoryError(f"work_dir {folder} is a file; give a folder") from None
+        self._lock = _locked(folder)
         path = folder / "state.json"
         if path.exists():
-            self._resume(path)
+            try:
+                self._resume(path)
+            except BaseException:
+                self._lock.close()
+                raise
 
     def _resume(self, path: Path) -> None:
         cure = f"choose another work_dir, or delete {self.folder}"
@@ -121,6 +131,19 @@ class Store:
         for file in self._files.values():
             file.close()
         self._files.clear()
+        self._lock.close()
+
+
+def _locked(folder: Path) -> IO[bytes]:
+    """An open file that keeps other runs out of the folder; the system lets go of it when the process ends."""
+    file = open(folder / "lock", "wb")  # noqa: SIM115
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ValueError(f"work_dir {folder} is in use by another run; wait for it, or choose another") from None
+    return file
 
 
 def _itemsize(name: str) -> int:

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from protofast._ops import ddim as _op
+from protofast._overlap import tangled
 
 _EPSILON = tl.constexpr(_op.EPSILON)
 _SAMPLE = tl.constexpr(_op.SAMPLE)
@@ -117,7 +118,11 @@ def ddim_step(*inputs: Any) -> tuple[Tensor, Tensor]:
 
 
 def ddim_step_out(*inputs: Any, prev_sample: Tensor, pred_original_sample: Tensor | None) -> None:
-    _launch(inputs, prev_sample, pred_original_sample)
+    outputs = [t for t in (prev_sample, pred_original_sample) if t is not None]
+    if not tangled(outputs, [t for t in inputs[:4] if t is not None]):
+        return _launch(inputs, prev_sample, pred_original_sample)
+    for output, result in zip(outputs, ddim_step(*inputs), strict=False):
+        output.copy_(result)
 
 
 def _launch(inputs: tuple[Any, ...], prev_out: Tensor, x0_out: Tensor | None) -> None:
