@@ -118,7 +118,7 @@ def version() -> str:
         return "not installed"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class BackendInfo:
     """What `backend_info` found. Printing it gives the table.
 
@@ -150,6 +150,9 @@ class BackendInfo:
     build: dict[str, object] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"<BackendInfo: {', '.join(name for name, there in self.available.items() if there)} available>"
+
     def __str__(self) -> str:
         lines = ["  ".join(f"{name} {number}" for name, number in self.versions.items()), ""]
         for name, there in self.available.items():
@@ -180,21 +183,29 @@ class BackendInfo:
 
 
 def backend_info() -> BackendInfo:
-    """Tells what is available, what would run each op, and why anything would not.
+    """Prints, and returns, what is available, what would run each op, and why anything would not.
 
     Starts no CUDA context.
 
     Returns
     -------
     BackendInfo
-        Prints as a table.
 
     Examples
     --------
     >>> import protofast as pf
-    >>> pf.backend_info().available["reference"]
+    >>> info = pf.backend_info()  # doctest: +ELLIPSIS
+    protofast ...
+    >>> info.available["reference"]
     True
     """
+    found = survey()
+    print(found)
+    return found
+
+
+def survey() -> BackendInfo:
+    """What `backend_info` prints."""
     devices = ("cpu", "cuda")
     wanted = _wanted()
 

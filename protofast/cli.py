@@ -58,7 +58,7 @@ def build() -> typer.Typer:
         """Say what is available here: backends, what runs each operation, and why anything does not."""
         from ._backend import backend_info
 
-        typer.echo(str(backend_info()))
+        backend_info()
 
     for name, (module, function) in COMMANDS.items():
         app.command(name)(getattr(import_module(module), function))

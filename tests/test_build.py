@@ -49,7 +49,7 @@ def install(source: Path, *options: str, **environment: str) -> subprocess.Compl
 def report(source: Path) -> str:
     """Why the backend "native" of the install is absent; empty if it is there."""
     code = WITHOUT_CHECKOUT + "import protofast as pf; print(pf.__file__, "
-    code += "pf.backend_info().reasons.get('native', ''), sep='|')"
+    code += "pf._backend.survey().reasons.get('native', ''), sep='|')"
     done = run(sys.executable, "-c", code, cwd=source.parent, PYTHONPATH=str(source.parent / "target"))
     assert done.returncode == 0, done.stderr
     file, reason = done.stdout.strip().split("|", 1)

@@ -17,6 +17,7 @@ for module in ("sklearn", "jinja2", "matplotlib", "pyarrow", "pooch", "safetenso
 from typer.testing import CliRunner
 
 from protofast import cli
+from protofast._backend import survey
 from protofast.pxgen import FunctionAdapter, command, vae
 from protofast.pxgen.result import Report
 
@@ -66,11 +67,10 @@ def test_help_teaches(app, name, taught):
 
 
 def test_info_is_backend_info(app):
-    import protofast as pf
 
     result = run(app, "info")
     assert result.exit_code == 0
-    assert result.stdout == f"{pf.backend_info()}\n"
+    assert result.stdout == f"{survey()}\n"
 
 
 @pytest.mark.parametrize(

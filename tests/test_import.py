@@ -67,7 +67,7 @@ def _never_installed() -> tuple[str, str]:
     importlib.metadata.version = version
     import protofast as pf
 
-    return pf.__version__, str(pf.backend_info())
+    return pf.__version__, str(pf._backend.survey())
 
 
 def test_works_in_a_checkout_that_was_never_installed():
@@ -80,7 +80,7 @@ def _said_without(module: str, message: str) -> str:
     sys.meta_path[:] = [_Without(finder, module, message) for finder in sys.meta_path]
     import protofast as pf
 
-    return str(pf.backend_info())
+    return str(pf._backend.survey())
 
 
 def test_info_says_each_thing_once_and_no_path():

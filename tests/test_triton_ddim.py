@@ -78,7 +78,7 @@ def import_without_triton():
     from protofast._backend import why_not
 
     assert "protofast.backends.triton.ddim" not in sys.modules
-    return why_not("ddim_step", "cuda", "triton"), pf.backend_info().available["triton"]
+    return why_not("ddim_step", "cuda", "triton"), pf._backend.survey().available["triton"]
 
 
 def test_without_triton_the_reason_names_the_cure():
@@ -93,7 +93,7 @@ def modules_at_import_and_after_a_call():
     before = "triton" in sys.modules  # by torch, in some versions
     import protofast as pf
 
-    pf.backend_info()
+    pf._backend.survey()
     imported = "triton" in sys.modules
     x = torch.zeros(2, 3)
     pf.ddim_step(x, x, 5, 4, pf.DDIMSchedule.linear(10), backend="triton")

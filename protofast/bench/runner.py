@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from protofast import _ops
-from protofast._backend import backend_info
+from protofast._backend import survey
 
 from . import environment, memory, results
 from .spec import OURS, UNABLE, Call, Case, Skip, Spec, copy_limit, matmul_limit
@@ -88,7 +88,7 @@ def run(
         "seed": seed,
         "environment": environment.environment(device),
         "machine": machine(device),
-        "backends": {op: chosen[device] for op, chosen in backend_info().ops.items()},
+        "backends": {op: chosen[device] for op, chosen in survey().ops.items()},
         "rows": [],
         "skipped": [],
         "targets": [],
