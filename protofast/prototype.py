@@ -155,12 +155,13 @@ def prototype_map(
     metric: str = "sqeuclidean",
     activation: str | None = None,
     eps: float = 1e-4,
+    backend: str | None = None,
 ) -> Tensor:
     """Distance or activation of each prototype at every patch.
 
     Parameters
     ----------
-    features, prototypes, metric
+    features, prototypes, metric, backend
         As for `prototype_distance`.
     activation, eps
         As for `prototype_activation`; None gives distances.
@@ -183,7 +184,7 @@ def prototype_map(
     """
     features, prototypes = _checked(features, prototypes, metric)
     _check_activation(activation, eps)
-    distance = overload("prototype_map", features.device.type)(features, prototypes, METRICS.index(metric))
+    distance = overload("prototype_map", features.device.type, backend)(features, prototypes, METRICS.index(metric))
     return _activate(distance, activation, eps)
 
 

@@ -80,8 +80,8 @@ def signatures(summaries: Sequence[GroupSummary], thresholds: Sequence[Threshold
     found = []
     if share["HIHE"] == 0:
         found.append(
-            "HIHE is empty: the model is familiar with none of the anchors. The thresholds are too strict, or the "
-            "anchors have nothing in common with what the model generates."
+            "HIHE is empty: no anchor is both familiar to the model and well reproduced. The thresholds are too "
+            "strict, or the anchors have nothing in common with what the model generates."
         )
     if share["HILE"] > 0.5:
         found.append(

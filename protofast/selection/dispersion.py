@@ -21,7 +21,9 @@ class FarthestPair(NamedTuple):
     distance: float
 
 
-def farthest_pair(points: Tensor | np.ndarray, *, metric: str = "euclidean") -> FarthestPair:
+def farthest_pair(
+    points: Tensor | np.ndarray, *, metric: str = "euclidean", backend: str | None = None
+) -> FarthestPair:
     """The two points farthest apart, exactly; of equal pairs the lexicographically first.
 
     Bounds discard most pairs, so the time is near-linear for most points in few dimensions. Where they cannot (many
@@ -32,6 +34,7 @@ def farthest_pair(points: Tensor | np.ndarray, *, metric: str = "euclidean") -> 
     points : Tensor or array of shape (n, d), or (n, n) distances with ``metric="precomputed"``
         n ≥ 2; as in `k_center`.
     metric : {"euclidean", "sqeuclidean", "cosine", "manhattan", "precomputed"}
+    backend : str, optional
 
     Returns
     -------
@@ -54,7 +57,7 @@ def farthest_pair(points: Tensor | np.ndarray, *, metric: str = "euclidean") -> 
     points, _ = points_and_mask(points, number)
     if points.shape[0] < 2:
         raise ValueError(f"points has shape {tuple(points.shape)}; a pair needs at least two points")
-    pair, distance = overload("farthest_pair", points.device.type)(points, None, number)
+    pair, distance = overload("farthest_pair", points.device.type, backend)(points, None, number)
     i, j = pair.tolist()
     return FarthestPair(i, j, distance.item())
 
