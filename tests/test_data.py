@@ -21,12 +21,12 @@ TRAIN, TEST = RNG.integers(0, 256, (7, 5, 4), np.uint8), RNG.integers(0, 256, (3
 TRAIN_LABELS, TEST_LABELS = np.arange(7, dtype=np.uint8) % 3, np.array([2, 0, 1], np.uint8)
 
 
-@pytest.fixture(autouse=True)
-def zipped(content: bytes) -> bytes:
+def gzipped(content: bytes) -> bytes:
     """Without the time of day, which would change the names of the tests between pytest's workers."""
     return gzip.compress(content, mtime=0)
 
 
+@pytest.fixture(autouse=True)
 def own_folders(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.delenv("PROTOFAST_DATA", raising=False)
@@ -50,7 +50,7 @@ def write_idx(folder, *, zipped=True, parts=("train", "t10k")):
             for name, array in ((f"{part}-images-idx3-ubyte", images), (f"{part}-labels-idx1-ubyte", labels)):
                 content = idx_bytes(array)
                 if zipped:
-                    (folder / f"{name}.gz").write_bytes(zipped(content))
+                    (folder / f"{name}.gz").write_bytes(gzipped(content))
                 else:
                     (folder / name).write_bytes(content)
     return folder
@@ -297,7 +297,7 @@ def test_idx_is_unpacked_once_and_again_when_it_changes(tmp_path, cache):
     load(tmp_path)
     assert [path.stat().st_mtime_ns for path in cache.iterdir()] == [before]
     changed = tmp_path / "train-images-idx3-ubyte.gz"
-    changed.write_bytes(zipped(idx_bytes(255 - TRAIN)))
+    changed.write_bytes(gzipped(idx_bytes(255 - TRAIN)))
     os.utime(changed, ns=(1, 1))
     assert np.array_equal(load(tmp_path).images, 255 - TRAIN)
 
@@ -326,19 +326,19 @@ GOOD, GOOD_LABELS = idx_bytes(TRAIN), idx_bytes(TRAIN_LABELS)
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("train-images-idx3-ubyte.gz", zipped(GOOD)[:-9], "not a whole gzip"),
-        ("train-images-idx3-ubyte.gz", zipped(GOOD)[:5], "not a whole gzip"),
-        ("train-images-idx3-ubyte.gz", flipped(zipped(GOOD)), "not a whole gzip"),
+        ("train-images-idx3-ubyte.gz", gzipped(GOOD)[:-9], "not a whole gzip"),
+        ("train-images-idx3-ubyte.gz", gzipped(GOOD)[:5], "not a whole gzip"),
+        ("train-images-idx3-ubyte.gz", flipped(gzipped(GOOD)), "not a whole gzip"),
         ("train-images-idx3-ubyte.gz", GOOD, "not a whole gzip"),
         ("train-images-idx3-ubyte.gz", b"", "begins with nothing"),
-        ("train-images-idx3-ubyte.gz", zipped(GOOD[:-1]), "truncated.* 1 are missing"),
-        ("train-images-idx3-ubyte.gz", zipped(GOOD + b"0"), "longer than"),
-        ("train-images-idx3-ubyte.gz", zipped(idx_bytes(TRAIN, b"\0\0\x0d\3")), "begins with 00 00 0d 03"),
-        ("train-images-idx3-ubyte.gz", zipped(GOOD[:9]), "begins with"),
-        ("train-images-idx3-ubyte.gz", zipped(GOOD_LABELS), "begins with 00 00 08 01"),
-        ("train-labels-idx1-ubyte.gz", zipped(GOOD), "begins with 00 00 08 03"),
-        ("train-labels-idx1-ubyte.gz", zipped(GOOD_LABELS[:-2]), "truncated"),
-        ("train-labels-idx1-ubyte.gz", zipped(GOOD_LABELS)[:-3], "not a whole gzip"),
+        ("train-images-idx3-ubyte.gz", gzipped(GOOD[:-1]), "truncated.* 1 are missing"),
+        ("train-images-idx3-ubyte.gz", gzipped(GOOD + b"0"), "longer than"),
+        ("train-images-idx3-ubyte.gz", gzipped(idx_bytes(TRAIN, b"\0\0\x0d\3")), "begins with 00 00 0d 03"),
+        ("train-images-idx3-ubyte.gz", gzipped(GOOD[:9]), "begins with"),
+        ("train-images-idx3-ubyte.gz", gzipped(GOOD_LABELS), "begins with 00 00 08 01"),
+        ("train-labels-idx1-ubyte.gz", gzipped(GOOD), "begins with 00 00 08 03"),
+        ("train-labels-idx1-ubyte.gz", gzipped(GOOD_LABELS[:-2]), "truncated"),
+        ("train-labels-idx1-ubyte.gz", gzipped(GOOD_LABELS)[:-3], "not a whole gzip"),
     ],
 )
 def test_idx_broken(tmp_path, cache, name, content, says):
@@ -355,14 +355,14 @@ def test_idx_broken(tmp_path, cache, name, content, says):
 
 def test_idx_counts_must_agree(tmp_path):
     write_idx(tmp_path)
-    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(zipped(idx_bytes(TEST_LABELS)))
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(gzipped(idx_bytes(TEST_LABELS)))
     with pytest.raises(DataError, match="give 7 integers"):
         load(tmp_path)
 
 
 def test_idx_sizes_must_agree(tmp_path):
     write_idx(tmp_path)
-    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(zipped(idx_bytes(TEST[:, :4])))
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzipped(idx_bytes(TEST[:, :4])))
     assert len(load(tmp_path)) == 7
     with pytest.raises(DataError, match="different sizes"):
         load(tmp_path, split="all")

@@ -63,8 +63,10 @@ class DiffusionAdapter(Model):
         image_shape: Sequence[int] | None = None,
     ) -> None:
         if not isinstance(schedule, DDIMSchedule):
-            raise TypeError(f"schedule is a {type(schedule).__name__}; give a DDIMSchedule (DDIMSchedule.from_diffusers makes one of a "
-                "diffusers scheduler)")
+            raise TypeError(
+                f"schedule is a {type(schedule).__name__}; give a DDIMSchedule (DDIMSchedule.from_diffusers makes one "
+                "of a diffusers scheduler)"
+            )
         for name, value in (("num_steps", num_steps), ("loss_timesteps", loss_timesteps)):
             if not 1 <= value <= len(schedule):
                 raise ValueError(f"{name} is {value}; give 1 to {len(schedule)}, the schedule's length")
