@@ -52,6 +52,6 @@ clean:
 	  echo "make: no C++ compiler found as '$${CXX:-c++}'; on Debian and Ubuntu: apt install g++ (or set CXX)"; exit 1; }
 	@.venv/bin/python -c 'import sysconfig, pathlib, sys; sys.exit(not (pathlib.Path(sysconfig.get_path("include")) / "Python.h").exists())' || { \
 	  echo "make: Python.h is missing; on Debian and Ubuntu: apt install python3-dev"; exit 1; }
-	@$(PIP) install --no-build-isolation --no-deps -e . || { \
+	@$(PIP) install --no-build-isolation --no-deps --config-settings editable_mode=compat -e . || { \
 	  echo "make: building protofast failed; see the compiler's lines above (a C++20 compiler is needed: g++ 11, clang++ 14 or newer)"; exit 1; }
 	@touch $@

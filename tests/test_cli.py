@@ -146,6 +146,23 @@ def test_model_from_weights_and_k_over_a_group(app, tmp_path, weights):
     assert (tmp_path / "out" / "anchors.parquet").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--extrinsic", "l2", "extrinsic has 'l2'; registered are"),
+        ("--intrinsic", "mse", "which is an extrinsic criterion"),
+        ("--discovery", "k-means", "discovery is"),
+        ("--features", "pixel", "features is"),
+        ("--metric", "l1", "metric is"),
+    ],
+)
+def test_names_are_checked_before_a_model_is_trained(app, tmp_path, monkeypatch, option, value, message):
+    monkeypatch.setattr(command, "_train", lambda *_, **__: pytest.fail("trained for nothing"))
+    result = run(app, "pxgen", "--train-class", "0", "--out", tmp_path / "out", option, value)
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
 def test_a_stopped_run_goes_on(app, tmp_path, weights, monkeypatch):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).random((20, 8, 8), np.float32))
     common = ["--data", tmp_path / "x.npy", "--model", weights, "--out", tmp_path / "out"]

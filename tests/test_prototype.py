@@ -795,7 +795,7 @@ def test_refuses(arguments, error, says):
         pf.prototype_distance(**{"features": X, "prototypes": P, **arguments})
     with pytest.raises(error, match=says):
         pf.prototype_activation(**{"features": X, "prototypes": P, **arguments})
-    if not arguments.keys() & {"topk", "precision", "mask", "backend"}:
+    if not arguments.keys() & {"topk", "precision", "mask"}:
         with pytest.raises(error, match=says):
             pf.prototype_map(**{"features": X, "prototypes": P, **arguments})
 

@@ -187,7 +187,7 @@ def test_signatures():
     steady = Threshold("kld", "intrinsic", "max-mean", 1.0, [1.0], 0.0, 0.2)
     assert groups.signatures(summary(0.3, 0.5, 0.1, 0.1), [steady]) == []  # both at their limit
     (empty,) = groups.signatures(summary(0, 0.5, 0.2, 0.3), [steady])
-    assert "HIHE is empty" in empty
+    assert "HIHE is empty: no anchor is both familiar" in empty  # HILE is half full of familiar ones
     (deluded,) = groups.signatures(summary(0.2, 0.51, 0.2, 0.09), [steady])
     assert deluded.startswith("HILE holds 51 %")
     shaky = Threshold("mse", "extrinsic", "max-mean", 1.0, [1.0, 2.0, 3.0], 0.25, 0.25)

@@ -565,6 +565,7 @@ POINTS = cloud("normal", 6)
         (lambda: pf.k_medoids(POINTS, 2, start=[1]), ValueError, "start holds 1 indices; give k = 2"),
         (lambda: pf.k_medoids(POINTS, 2, max_iter=0), ValueError, "max_iter is 0"),
         (lambda: pf.farthest_pair(POINTS[:1]), ValueError, "at least two"),
+        (lambda: pf.farthest_pair(POINTS, backend="magic"), ValueError, "magic"),
     ],
 )
 def test_errors_name_the_argument(call, error, words):

@@ -129,13 +129,13 @@ def explain(
     for name, value in (("iterations", iterations), ("generations", generations), ("k", k), ("batch_size", batch_size)):
         _whole(name, value, 1)
     _whole("seed", seed, 0)
-    algorithms = _listed("discovery", discovery, discover.ALGORITHMS)
-    shown = _listed("groups", GROUPS if groups is None else groups, GROUPS)
-    _listed("metric", metric, discover.METRICS)
+    algorithms = listed("discovery", discovery, discover.ALGORITHMS)
+    shown = listed("groups", GROUPS if groups is None else groups, GROUPS)
+    listed("metric", metric, discover.METRICS)
     if isinstance(features, str):
-        _listed("features", features, discover.FEATURES)
+        listed("features", features, discover.FEATURES)
     method = thresholds if isinstance(thresholds, str) else "max-mean"
-    _listed("thresholds", method, limits.METHODS)
+    listed("thresholds", method, limits.METHODS)
     if not 0 < percentile <= 100:
         raise ValueError(f"percentile is {percentile}; give a number in (0, 100]")
     low, high = (float(value) for value in value_range)
@@ -241,7 +241,7 @@ def _whole(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} is {value}; give at least {least}" + (" and less than 2**63" if number > 0 else ""))
 
 
-def _listed(name: str, value: str | Sequence[str], allowed: Sequence[str]) -> list[str]:
+def listed(name: str, value: str | Sequence[str], allowed: Sequence[str]) -> list[str]:
     found = [value] if isinstance(value, str) else list(value)
     if not found or any(item not in allowed for item in found):
         raise ValueError(f"{name} is {value!r}; choose from {', '.join(map(repr, allowed))}")

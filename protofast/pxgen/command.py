@@ -105,6 +105,7 @@ def pxgen(
     span = _range(value_range)
     if train_class is not None and span != (0, 1):
         raise typer.BadParameter("the VAE of --train-class works in 0,1; leave it out", param_hint="--value-range")
+    _known(intrinsic, extrinsic, span, discovery=discovery, features=features, metric=metric)
     folder = out or Path("runs") / f"pxgen-{Path(data).stem}"
     _ready(folder)
     from .. import data as sources
@@ -197,6 +198,20 @@ def demo(
 
 
 # ---- what the two share ----------------------------------------------------------------------------------------------
+
+
+def _known(intrinsic: str | None, extrinsic: str, span: tuple[float, float], **choices: str) -> None:
+    """Refuses names now that `explain` would refuse after a model was trained."""
+    from . import discovery
+    from .analysis import listed
+    from .criteria import resolve
+
+    if intrinsic is not None:
+        resolve(_words(intrinsic), "intrinsic", span)
+    resolve(_words(extrinsic), "extrinsic", span)
+    allowed = {"discovery": discovery.ALGORITHMS, "features": discovery.FEATURES, "metric": discovery.METRICS}
+    for name, value in choices.items():
+        listed(name, _words(value), allowed[name])
 
 
 def _ready(folder: Path) -> None:

@@ -251,7 +251,7 @@ def load_vae(path: str | os.PathLike[str]) -> VAE:
             about = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 — not a dict
     except library.SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file ({error}); delete it and train again") from None
+        raise ValueError(f"{path} is damaged or no safetensors file ({error}); give one that protofast wrote") from None
     if about.get("format") != _FORMAT:
         raise ValueError(f"{path} holds no protofast VAE; load other models by --model module:function")
     if about.get("sha256") != _checksum(state):

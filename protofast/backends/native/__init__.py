@@ -9,8 +9,9 @@ try:
     _compiled = importlib.import_module("protofast._C")
 except ModuleNotFoundError:
     _ops.UNAVAILABLE["native"] = (
-        "the compiled module protofast._C was not built, for want of torch or of a C++20 compiler at install time (pip "
-        "builds in isolation from torch unless told otherwise); install a compiler, setuptools, wheel and ninja, then "
+        "the compiled module protofast._C was not built: PROTOFAST_BUILD_NATIVE=0 was set, or torch or a C++20 "
+        "compiler was missing at install time (pip builds in isolation from torch unless told otherwise); install a "
+        "compiler, setuptools, wheel and ninja, then "
         f"run `{_ops.BUILD}` in a checkout"
     )
 except ImportError as error:
