@@ -7,8 +7,8 @@ namespace protofast {
 namespace {
 
 constexpr int THREADS = 256;
-constexpr int UNROLL =
-    4;  // vectors a thread: loads in flight, and a block's float64 coefficients spread over more data
+// Vectors a thread: loads in flight, and a block's float64 coefficients spread over more data.
+constexpr int UNROLL = 4;
 
 __device__ inline float widen(float v) { return v; }
 __device__ inline double widen(double v) { return v; }
