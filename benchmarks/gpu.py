@@ -85,7 +85,7 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(STEPS), help="steps to take, of build, tests, bench")
     parser.add_argument("--shapes", choices=("quick", "full"), default="full")
     parser.add_argument("--budget", type=float, default=1.0, help="seconds of timing a case")
-    parser.add_argument("--tests", default="cuda or triton", help="pytest's -k: which tests")
+    parser.add_argument("--tests", default="cuda or triton or gpu", help="pytest's -k: which tests")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args()
     steps = arguments.only.split(",")
