@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 import protofast as pf
 from protofast import _ops, ddim
-from protofast._backend import overload
+from protofast._backend import overload, why_not
 from protofast._ops.ddim import PREDICTION_TYPES, coefficients
 
 OPS = ("ddim_step", "ddim_step_out")
@@ -363,6 +363,16 @@ def test_absent_backend_says_why(monkeypatch):
     monkeypatch.setattr("protofast._backend._found", {})
     with pytest.raises(pf.BackendUnavailableError, match="backend 'native' is not available: not built"):
         pf.ddim_step(X, M, 5, 4, SCHEDULE, backend="native")
+
+
+def test_a_backend_asked_for_once_is_not_kept(monkeypatch):
+    monkeypatch.setattr("protofast._backend._found", {})
+    automatic = "native" if why_not("ddim_step", "cpu", "native") is None else "reference"
+    names = [overload("ddim_step", "cpu", name)._overloadname for name in ("reference", None, "reference")]
+    assert names == ["reference", automatic, "reference"]
+    with pf.use_backend("reference"):
+        assert overload("ddim_step", "cpu")._overloadname == "reference"
+    assert overload("ddim_step", "cpu")._overloadname == automatic
 
 
 def op_arguments(device, requires_grad=False, dtype=torch.float32, clip=math.inf):
