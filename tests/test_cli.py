@@ -133,6 +133,9 @@ def test_weights_of_another_shape(app, tmp_path, weights):
 
 def test_model_from_weights_and_k_over_a_group(app, tmp_path, weights):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).random((20, 8, 8), np.float32))
+    mine = tmp_path / "out" / "work" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("not the report's")
     common = ["--data", tmp_path / "x.npy", "--model", weights, "--out", tmp_path / "out", "-k", "50"]
     result = run(app, "pxgen", *common, *QUICK)
     assert result.exit_code == 0, result.output
@@ -140,7 +143,8 @@ def test_model_from_weights_and_k_over_a_group(app, tmp_path, weights):
     report = Report.load(tmp_path / "out")
     assert len(report) == 20
     assert sum(len(entry.indices) for entry in report.representatives) == 20
-    assert not (tmp_path / "out" / "work").exists()
+    assert not (tmp_path / "out" / ".pxgen-work").exists()
+    assert mine.read_text() == "not the report's"
     before = (tmp_path / "out" / "anchors.parquet").read_bytes()
     assert run(app, "pxgen", *common, *QUICK).exit_code == 0
     assert (tmp_path / "out" / "anchors.parquet").read_bytes() == before
@@ -154,9 +158,13 @@ def test_model_from_weights_and_k_over_a_group(app, tmp_path, weights):
         ("--discovery", "k-means", "discovery is"),
         ("--features", "pixel", "features is"),
         ("--metric", "l1", "metric is"),
+        ("--features", "pixels,criteria", "features is"),
+        ("--thresholds", "largest", "thresholds is"),
+        ("--thresholds", "percentile:101", "percentile is 101"),
+        ("--extrinsic", "", "extrinsic is empty"),
     ],
 )
-def test_names_are_checked_before_a_model_is_trained(app, tmp_path, monkeypatch, option, value, message):
+def test_settings_are_checked_before_a_model_is_trained(app, tmp_path, monkeypatch, option, value, message):
     monkeypatch.setattr(command, "_train", lambda *_, **__: pytest.fail("trained for nothing"))
     result = run(app, "pxgen", "--train-class", "0", "--out", tmp_path / "out", option, value)
     assert result.exit_code == 1
@@ -169,7 +177,7 @@ def test_a_stopped_run_goes_on(app, tmp_path, weights, monkeypatch):
     with monkeypatch.context() as patch:  # stopped once the tables are there
         patch.setattr(Report, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
         assert run(app, "pxgen", *common, *QUICK).exit_code == 1
-    table = np.memmap(tmp_path / "out" / "work" / "criteria.f8", np.float64, "r+", shape=(20, 2))
+    table = np.memmap(tmp_path / "out" / ".pxgen-work" / "criteria.f8", np.float64, "r+", shape=(20, 2))
     table[3, 1] = 0.125  # told from what would be computed again
     table.flush()
     other = run(app, "pxgen", *common, *QUICK, "--extrinsic", "mae")
@@ -177,7 +185,7 @@ def test_a_stopped_run_goes_on(app, tmp_path, weights, monkeypatch):
     assert "holds another analysis" in other.stderr
     assert run(app, "pxgen", *common, *QUICK).exit_code == 0
     assert Report.load(tmp_path / "out").criteria["mse"][3] == 0.125
-    assert not (tmp_path / "out" / "work").exists()
+    assert not (tmp_path / "out" / ".pxgen-work").exists()
 
 
 def test_model_from_a_function_here(app, tmp_path, monkeypatch):

@@ -27,6 +27,8 @@ from .result import GROUPS, Report
 from .run import Run
 from .store import Store
 
+PERCENTILE = 95.0
+
 
 def explain(
     model: Any,
@@ -35,7 +37,7 @@ def explain(
     intrinsic: str | Criterion | Callable[..., Tensor] | Sequence[Any] | None = None,
     extrinsic: str | Criterion | Callable[..., Tensor] | Sequence[Any] = ("mse",),
     thresholds: str | Mapping[str, float] = "max-mean",
-    percentile: float = 95.0,
+    percentile: float = PERCENTILE,
     iterations: int = 100,
     generations: int = 1000,
     discovery: str | Sequence[str] = "k-center",
@@ -126,22 +128,20 @@ def explain(
     >>> sum(summary.count for summary in report.summaries)
     20
     """
-    for name, value in (("iterations", iterations), ("generations", generations), ("k", k), ("batch_size", batch_size)):
-        _whole(name, value, 1)
-    _whole("seed", seed, 0)
-    algorithms = listed("discovery", discovery, discover.ALGORITHMS)
-    shown = listed("groups", GROUPS if groups is None else groups, GROUPS)
-    listed("metric", metric, discover.METRICS)
-    if isinstance(features, str):
-        listed("features", features, discover.FEATURES)
-    method = thresholds if isinstance(thresholds, str) else "max-mean"
-    listed("thresholds", method, limits.METHODS)
-    if not 0 < percentile <= 100:
-        raise ValueError(f"percentile is {percentile}; give a number in (0, 100]")
-    low, high = (float(value) for value in value_range)
-    if not -math.inf < low < high < math.inf:
-        raise ValueError(f"value_range is {value_range}; give (lowest, highest)")
-
+    algorithms, shown, method, (low, high) = check_settings(
+        thresholds=thresholds,
+        percentile=percentile,
+        iterations=iterations,
+        generations=generations,
+        discovery=discovery,
+        features=features,
+        metric=metric,
+        k=k,
+        groups=groups,
+        value_range=value_range,
+        batch_size=batch_size,
+        seed=seed,
+    )
     adapter = as_adapter(model)
     if device is not None:
         if not hasattr(adapter, "to"):
@@ -216,6 +216,40 @@ def explain(
     )
 
 
+def check_settings(
+    *,
+    thresholds: str | Mapping[str, float],
+    percentile: float = PERCENTILE,
+    iterations: int,
+    generations: int,
+    discovery: str | Sequence[str],
+    features: Any,
+    metric: str,
+    k: int,
+    groups: Sequence[str] | None = None,
+    value_range: tuple[float, float],
+    batch_size: int,
+    seed: int,
+) -> tuple[list[str], list[str], str, tuple[float, float]]:
+    """Refuses what no model and no anchors could make right; gives algorithms, groups, threshold method and range."""
+    for name, value in (("iterations", iterations), ("generations", generations), ("k", k), ("batch_size", batch_size)):
+        _whole(name, value, 1)
+    _whole("seed", seed, 0)
+    algorithms = _listed("discovery", discovery, discover.ALGORITHMS)
+    shown = _listed("groups", GROUPS if groups is None else groups, GROUPS)
+    _listed("metric", metric, discover.METRICS)
+    if isinstance(features, str):
+        _listed("features", features, discover.FEATURES)
+    method = thresholds if isinstance(thresholds, str) else "max-mean"
+    _listed("thresholds", method, limits.METHODS)
+    if not 0 < percentile <= 100:
+        raise ValueError(f"percentile is {percentile}; give a number in (0, 100]")
+    low, high = (float(value) for value in value_range)
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"value_range is {value_range}; give (lowest, highest)")
+    return algorithms, shown, method, (low, high)
+
+
 def _criteria(adapter: Adapter, intrinsic: Any, extrinsic: Any, value_range: tuple[float, float]) -> list[Criterion]:
     if intrinsic is None:
         intrinsic = adapter.intrinsic
@@ -241,7 +275,7 @@ def _whole(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} is {value}; give at least {least}" + (" and less than 2**63" if number > 0 else ""))
 
 
-def listed(name: str, value: str | Sequence[str], allowed: Sequence[str]) -> list[str]:
+def _listed(name: str, value: str | Sequence[str], allowed: Sequence[str]) -> list[str]:
     found = [value] if isinstance(value, str) else list(value)
     if not found or any(item not in allowed for item in found):
         raise ValueError(f"{name} is {value!r}; choose from {', '.join(map(repr, allowed))}")

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 Option = typer.Option
 
+WORK = ".pxgen-work"
+"""Name of the folder of a run's tables: nobody else's, because it is removed with all that is in it."""
+
 
 def pxgen(
     data: Annotated[
@@ -85,8 +88,8 @@ def pxgen(
     (extrinsic). Thresholds from the model's own generations give four groups; one of them, HILE, is where the model is
     sure and wrong.
 
-    A run that was killed goes on where it was when the same command is given again: its tables are in OUT/work until
-    the report is written.
+    A run that was killed goes on where it was when the same command is given again: its tables are in OUT/.pxgen-work
+    until the report is written.
 
     **Examples**
 
@@ -105,7 +108,20 @@ def pxgen(
     span = _range(value_range)
     if train_class is not None and span != (0, 1):
         raise typer.BadParameter("the VAE of --train-class works in 0,1; leave it out", param_hint="--value-range")
-    _known(intrinsic, extrinsic, span, discovery=discovery, features=features, metric=metric)
+    settings: dict[str, Any] = {
+        **chosen,
+        "iterations": iterations,
+        "generations": generations,
+        "discovery": _words(discovery),
+        "features": features,
+        "metric": metric,
+        "k": k,
+        "value_range": span,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    criteria = {"intrinsic": None if intrinsic is None else _words(intrinsic), "extrinsic": _words(extrinsic)}
+    _check(criteria, settings)
     folder = out or Path("runs") / f"pxgen-{Path(data).stem}"
     _ready(folder)
     from .. import data as sources
@@ -127,24 +143,14 @@ def pxgen(
         folder,
         label,
         subject,
-        intrinsic=None if intrinsic is None else _words(intrinsic),
-        extrinsic=_words(extrinsic),
-        **chosen,
-        iterations=iterations,
-        generations=generations,
-        discovery=_words(discovery),
-        features=features,
-        metric=metric,
-        k=k,
-        value_range=span,
-        batch_size=batch_size,
-        seed=seed,
+        **criteria,
+        **settings,
         device=device,
-        work_dir=folder / "work",
+        work_dir=folder / WORK,
         progress=progress,
     )
     _tell(report, report.save(folder))
-    shutil.rmtree(folder / "work")
+    shutil.rmtree(folder / WORK)
 
 
 def demo(
@@ -200,18 +206,15 @@ def demo(
 # ---- what the two share ----------------------------------------------------------------------------------------------
 
 
-def _known(intrinsic: str | None, extrinsic: str, span: tuple[float, float], **choices: str) -> None:
-    """Refuses names now that `explain` would refuse after a model was trained."""
-    from . import discovery
-    from .analysis import listed
+def _check(criteria: dict[str, list[str] | None], settings: dict[str, Any]) -> None:
+    """Fails now where `explain` would after a model was trained."""
+    from .analysis import check_settings
     from .criteria import resolve
 
-    if intrinsic is not None:
-        resolve(_words(intrinsic), "intrinsic", span)
-    resolve(_words(extrinsic), "extrinsic", span)
-    allowed = {"discovery": discovery.ALGORITHMS, "features": discovery.FEATURES, "metric": discovery.METRICS}
-    for name, value in choices.items():
-        listed(name, _words(value), allowed[name])
+    check_settings(**settings)
+    for kind, names in criteria.items():
+        if names is not None:
+            resolve(names, kind, settings["value_range"])
 
 
 def _ready(folder: Path) -> None:
