@@ -6,8 +6,6 @@ import gzip
 import hashlib
 import io
 import math
-import os
-import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,6 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from .._files import replacing
 from .array import open_npy
 from .dataset import DataError
 
@@ -40,7 +39,6 @@ def map_images(paths: Sequence[Path], cache: Path) -> np.ndarray:
     """Images of all the files, one after another: a memory-mapped uint8 (n, H, W)."""
     target = cache / f"{paths[0].name.removesuffix('.gz')}-{_key(paths)}.npy"
     if not target.exists():
-        cache.mkdir(parents=True, exist_ok=True)
         _unpack(paths, target)
     return open_npy(target)
 
@@ -58,17 +56,11 @@ def _unpack(paths: Sequence[Path], target: Path) -> None:
         if len(sizes) > 1:
             raise DataError(f"{', '.join(str(path) for path in paths)} hold images of different sizes, {sorted(sizes)}")
         count = sum(shape[0] for _, shape, _ in opened)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.stem, suffix=".tmp")
-        try:
-            with open(handle, "wb") as out:
-                header = {"descr": "|u1", "fortran_order": False, "shape": (count, *sizes.pop())}
-                np.lib.format.write_array_header_1_0(out, header)
-                for path, shape, stream in opened:
-                    _copy(path, stream, out, math.prod(shape))
-            os.replace(name, target)
-        except BaseException:
-            os.unlink(name)
-            raise
+        with replacing(target) as out:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, *sizes.pop())}
+            np.lib.format.write_array_header_1_0(out, header)
+            for path, shape, stream in opened:
+                _copy(path, stream, out, math.prod(shape))
 
 
 @contextmanager

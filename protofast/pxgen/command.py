@@ -242,10 +242,10 @@ def _explain(model: Any, anchors: Dataset, folder: Path, label: int | None, subj
 def _keep(criteria: dict[str, Any], folder: Path) -> Path:
     import numpy as np
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".criteria.tmp", "wb") as file:
+    from .._files import replacing
+
+    with replacing(folder / "criteria.npz") as file:
         np.savez(file, **criteria)
-    os.replace(folder / ".criteria.tmp", folder / "criteria.npz")
     return folder / "criteria.npz"
 
 

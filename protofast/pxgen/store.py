@@ -10,6 +10,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from .._files import replacing
+
 try:
     import fcntl
 except ImportError:  # Windows, where two runs in one folder are not kept apart
@@ -109,16 +111,8 @@ class Store:
 
     def save_json(self, name: str, content: Any) -> None:
         """Replaces a JSON file in one move."""
-        temporary = self.folder / f".{name}.{os.getpid()}"
-        try:
-            with open(temporary, "w") as file:
-                json.dump(content, file)
-                file.flush()
-                if self.durable:
-                    os.fsync(file.fileno())
-            os.replace(temporary, self.folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(self.folder / name, durable=self.durable) as file:
+            file.write(json.dumps(content).encode())
 
     def load_json(self, name: str) -> Any:
         """Content of a JSON file, None when it is missing or damaged (it can be computed again)."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._files import replacing
 from .._optional import need
 
 BATCH = 50
@@ -223,15 +223,8 @@ def save_vae(model: VAE, path: str | os.PathLike[str]) -> None:
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     sizes = {"shape": model.shape, "latent": model.latent, "hidden": model.hidden}
     data = save(state, {"format": _FORMAT, "sizes": json.dumps(sizes), "sha256": _checksum(state)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        file.write(data)
 
 
 def load_vae(path: str | os.PathLike[str]) -> VAE:

@@ -1,0 +1,33 @@
+"""Files appear whole or not at all."""
+
+import os
+
+import pytest
+
+from protofast._files import replacing
+
+
+def test_a_file_is_replaced_at_the_end_and_readable_as_any_other(tmp_path):
+    path = tmp_path / "new" / "file.json"
+    with replacing(path, durable=True) as file:
+        file.write(b"first")
+        assert not path.exists()
+    with replacing(path) as file:
+        file.write(b"second")
+        file.flush()
+        assert path.read_bytes() == b"first"
+    assert path.read_bytes() == b"second"
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode
+    assert os.listdir(path.parent) == ["file.json"]
+
+
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt), replacing(path) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
