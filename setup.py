@@ -91,13 +91,13 @@ def native() -> dict:
     extension = Extension(
         "protofast._C",
         sorted(str(source.relative_to(ROOT)) for source in sources),
-        depends=sorted(str(header.relative_to(ROOT)) for header in ROOT.glob("csrc/**/*.h")),
+        depends=sorted(str(header.relative_to(ROOT)) for header in ROOT.glob("csrc/**/*.*h")),
         include_dirs=cpp_extension.include_paths(),
         define_macros=macros,
         library_dirs=library_dirs,
         extra_compile_args={
-            "cxx": ["-std=c++20", "-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"],
-            "nvcc": ["-std=c++20", "-O3", "--threads=2", "-Xcompiler=-fvisibility=hidden"],
+            "cxx": ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-psabi"],
+            "nvcc": ["-std=c++20", "-O3", "-fmad=false", "--threads=2", "-Xcompiler=-fvisibility=hidden"],
         },
         extra_link_args=[*link, *keep, "-ltorch", "-ltorch_cpu", "-lc10"],
         language="c++",

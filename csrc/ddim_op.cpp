@@ -9,213 +9,328 @@
 namespace protofast {
 namespace {
 
-// Plain numbers: Tensor::scalar_type() asks torch for each dtype in turn, which shows in the time of a small step.
-int32_t dtype_number(const Tensor& tensor) {
-  int32_t number;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &number));
-  return number;
+// What torch is asked of a tensor, asked once: each question is a call into its library, and those of a small step
+// took longer than its kernel.
+struct View {
+  explicit View(const Tensor& tensor) : tensor(&tensor) {
+    int64_t* from;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor.get(), &dim));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &from));
+    sizes = from;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &from));
+    strides = from;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device_type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &device));
+    for (int64_t axis = 0; axis < dim; ++axis) numel *= sizes[axis];
+  }
+
+  void* data() const { return tensor->data_ptr(); }
+
+  const Tensor* tensor;
+  int64_t dim = 0, numel = 1;
+  const int64_t *sizes = nullptr, *strides = nullptr;
+  int32_t dtype = 0, device_type = 0, device = 0;
+};
+
+using MaybeView = std::optional<View>;
+
+MaybeView view(const MaybeTensor& tensor) { return tensor ? MaybeView(View(*tensor)) : std::nullopt; }
+
+// The numbers that torch gives its dtypes.
+struct Numbers {
+  int32_t f32 = aoti_torch_dtype_float32(), f64 = aoti_torch_dtype_float64(), bf16 = aoti_torch_dtype_bfloat16(),
+          f16 = aoti_torch_dtype_float16(), int64 = aoti_torch_dtype_int64(), boolean = aoti_torch_dtype_bool();
+};
+
+const Numbers& numbers() {
+  static const Numbers all;
+  return all;
 }
 
-int32_t device_type(const Tensor& tensor) {
-  int32_t type;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
-  return type;
+Dtype dtype_of(const View& tensor) {
+  if (tensor.dtype == numbers().f32) return Dtype::f32;
+  if (tensor.dtype == numbers().f64) return Dtype::f64;
+  if (tensor.dtype == numbers().bf16) return Dtype::bf16;
+  if (tensor.dtype == numbers().f16) return Dtype::f16;
+  throw std::runtime_error("ddim_step: tensors must be float32, float64, bfloat16 or float16");
 }
 
-Dtype dtype_of(const Tensor& sample) {
-  const int32_t number = dtype_number(sample);
-  if (number == aoti_torch_dtype_float32()) return Dtype::f32;
-  if (number == aoti_torch_dtype_float64()) return Dtype::f64;
-  if (number == aoti_torch_dtype_bfloat16()) return Dtype::bf16;
-  if (number == aoti_torch_dtype_float16()) return Dtype::f16;
-  throw std::runtime_error("ddim_step: sample must be float32, float64, bfloat16 or float16");
-}
-
-Tensor empty_strided(const Tensor& like, const int64_t* strides) {
+Tensor empty(const View& like, int64_t dim, const int64_t* sizes, const int64_t* strides) {
   AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(like.dim(), like.sizes().data(), strides, dtype_number(like),
-                                                  device_type(like), like.get_device_index(), &made));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, sizes, strides, like.dtype, like.device_type, like.device, &made));
   return Tensor(made);
 }
 
 // Do axes first, first + 1, … cover a block of memory without holes or overlap?
-bool is_dense(const Tensor& tensor, size_t first) {
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
-  int64_t expected = 1;
-  size_t left = 0;
-  for (size_t axis = first; axis < sizes.size(); ++axis) left += sizes[axis] != 1;
+bool is_dense(const View& tensor, int64_t first) {
+  int64_t expected = 1, left = 0;
+  for (int64_t axis = first; axis < tensor.dim; ++axis) left += tensor.sizes[axis] != 1;
   for (; left > 0; --left) {
-    size_t axis = first;
-    while (axis < sizes.size() && (sizes[axis] == 1 || strides[axis] != expected)) ++axis;
-    if (axis == sizes.size()) return false;
-    expected *= sizes[axis];
+    int64_t axis = tensor.dim - 1;  // the usual order first
+    while (axis >= first && (tensor.sizes[axis] == 1 || tensor.strides[axis] != expected)) --axis;
+    if (axis < first) return false;
+    expected *= tensor.sizes[axis];
   }
   return true;
 }
 
-bool same_strides(const Tensor& a, const Tensor& b, size_t first) {
-  const auto sizes = a.sizes(), left = a.strides(), right = b.strides();
-  for (size_t axis = first; axis < sizes.size(); ++axis)
-    if (sizes[axis] != 1 && left[axis] != right[axis]) return false;
+// Are the elements of each sample in row-major order?
+bool is_row_major(const View& tensor) {
+  int64_t expected = 1;
+  for (int64_t axis = tensor.dim - 1; axis > 0; expected *= tensor.sizes[axis--])
+    if (tensor.sizes[axis] != 1 && tensor.strides[axis] != expected) return false;
   return true;
 }
 
-// How the kernel walks the tensors: `batch` blocks of `inner` elements, in the memory order of `sample`.
+// How the kernel walks the tensors: `batch` blocks of `inner` elements, in the memory order of the sample.
 // Axes from `first` on lie within a block. An operand laid out in another way is copied.
-class Layout {
- public:
-  Layout(const Tensor& sample, bool one_timestep) : sample_(sample) {
-    if (one_timestep && is_dense(sample_, 0)) {
-      first_ = 0;
-    } else {
-      if (!is_dense(sample_, 1)) sample_ = torch::stable::contiguous(sample_);
-      first_ = sample_.dim() > 0 ? 1 : 0;
-    }
-    batch_ = first_ ? sample_.size(0) : 1;
-    inner_ = sample_.numel() / batch_;
+struct Layout {
+  Layout(const View& sample, bool one_block) : sample(sample) {
+    first = one_block && is_dense(sample, 0) ? 0 : 1;
+    batch = first ? sample.sizes[0] : 1;
+    inner = sample.numel / batch;
   }
 
-  const Tensor& sample() const { return sample_; }
-  int64_t batch() const { return batch_; }
-  int64_t inner() const { return inner_; }
-
-  bool fits(const Tensor& tensor) const { return same_strides(sample_, tensor, first_); }
-
-  Tensor make() const {
-    const auto strides = sample_.strides();
-    std::vector<int64_t> tight(strides.begin(), strides.end());
-    if (first_) tight[0] = inner_;
-    return empty_strided(sample_, tight.data());
+  bool fits(const View& tensor) const {
+    for (int64_t axis = first; axis < sample.dim; ++axis)
+      if (sample.sizes[axis] != 1 && sample.strides[axis] != tensor.strides[axis]) return false;
+    return true;
   }
 
-  Tensor fit(const Tensor& tensor) const {
-    if (fits(tensor)) return tensor;
-    Tensor copy = make();
-    torch::stable::copy_(copy, tensor);
-    return copy;
+  // Uninitialised, with the dtype of `like`, laid out for the walk.
+  Tensor make(const View& like) const {
+    std::vector<int64_t> tight(sample.strides, sample.strides + sample.dim);
+    if (first) tight[0] = inner;
+    return empty(like, sample.dim, sample.sizes, tight.data());
   }
 
-  Operand operand(const Tensor& tensor) const { return {tensor.data_ptr(), batch_ > 1 ? tensor.stride(0) : inner_}; }
+  Tensor copy(const View& tensor) const {
+    Tensor made = make(tensor);
+    torch::stable::copy_(made, *tensor.tensor);
+    return made;
+  }
 
- private:
-  Tensor sample_;
-  size_t first_;
-  int64_t batch_, inner_;
+  Operand operand(const View& tensor) const { return {tensor.data(), batch > 1 ? tensor.strides[0] : inner}; }
+
+  const View& sample;
+  int64_t first, batch, inner;
 };
 
+size_t bytes(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
 // Do an output and an input share memory in any other way than element by element?
-bool overlaps(const Operand& out, const Operand& in, const Layout& layout, size_t element) {
-  if (in.data == nullptr || (in.data == out.data && in.stride == out.stride)) return false;
-  const auto end = [&](const Operand& o) {
-    return static_cast<char*>(o.data) + ((layout.batch() - 1) * o.stride + layout.inner()) * element;
+bool overlaps(const Operand& out, size_t out_bytes, const Operand& in, size_t in_bytes, const Layout& layout) {
+  if (in.data == nullptr || (in.data == out.data && in.stride == out.stride && in_bytes == out_bytes)) return false;
+  const auto end = [&](const Operand& o, size_t element) {
+    return static_cast<char*>(o.data) + ((layout.batch - 1) * o.stride + layout.inner) * element;
   };
-  return static_cast<char*>(out.data) < end(in) && static_cast<char*>(in.data) < end(out);
+  return static_cast<char*>(out.data) < end(in, in_bytes) && static_cast<char*>(in.data) < end(out, out_bytes);
 }
 
-void check_device(const char* name, const Tensor& tensor, const Tensor& sample) {
-  STD_TORCH_CHECK(device_type(tensor) == device_type(sample) && tensor.get_device_index() == sample.get_device_index(),
-                  name, " must be on the sample's device");
+void check_vector(const char* name, const View& vector, const View& sample, int32_t dtype) {
+  STD_TORCH_CHECK(vector.dtype == dtype, name, " has the wrong dtype");
+  STD_TORCH_CHECK(vector.device_type == sample.device_type && vector.device == sample.device, name,
+                  " must be on the sample's device");
 }
 
-void check_like(const char* name, const Tensor& tensor, const Tensor& sample) {
-  const auto sizes = tensor.sizes(), wanted = sample.sizes();
-  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), wanted.begin(), wanted.end()) &&
-                      dtype_number(tensor) == dtype_number(sample),
+void check_like(const char* name, const View& tensor, const View& sample, int32_t dtype) {
+  STD_TORCH_CHECK(tensor.dim == sample.dim && std::equal(sample.sizes, sample.sizes + sample.dim, tensor.sizes) &&
+                      tensor.dtype == dtype,
                   name, " must have the sample's shape and dtype");
-  check_device(name, tensor, sample);
+  check_vector(name, tensor, sample, dtype);
 }
 
-void check_steps(const char* name, const Tensor& steps, const Tensor& sample, int32_t dtype) {
-  STD_TORCH_CHECK(dtype_number(steps) == dtype, name, " has the wrong dtype");
-  check_device(name, steps, sample);
+void check_like(const char* name, const MaybeView& tensor, const View& sample, int32_t dtype) {
+  if (tensor) check_like(name, *tensor, sample, dtype);
 }
 
-int64_t step_stride(const char* name, const Tensor& steps, const Tensor& sample) {
-  if (steps.numel() == 1) return 0;
-  STD_TORCH_CHECK(steps.dim() == 1 && sample.dim() > 0 && steps.numel() == sample.size(0), name,
-                  " must have one element, or one a sample");
-  return steps.stride(0);
+// The stride of a vector that has one element for all, or one for each of `count`.
+int64_t stride_of(const char* name, const View& vector, int64_t count) {
+  if (vector.numel == 1) return 0;
+  STD_TORCH_CHECK(vector.dim == 1 && vector.numel == count, name, " must have one element, or one a sample");
+  return vector.strides[0];
+}
+
+void check_seed(const View& seed, const View& sample) {
+  check_vector("seed", seed, sample, numbers().int64);
+  STD_TORCH_CHECK(seed.dim == 1 && seed.numel == 2 && seed.strides[0] == 1, "seed must be a contiguous (2,)");
 }
 
 }  // namespace
 
-void run_ddim_step_out(Launch launch, const DdimInputs& in, const Tensor& prev, const std::optional<Tensor>& x0) {
-  const Tensor& sample = in.sample;
-  DdimArgs args;
-  args.dtype = dtype_of(sample);
-  check_like("model_output", in.output, sample);
-  if (in.cond) check_like("cond_output", *in.cond, sample);
-  if (in.noise) check_like("noise", *in.noise, sample);
-  check_like("prev_sample", prev, sample);
-  if (x0) check_like("pred_original_sample", *x0, sample);
-  check_steps("alphas_cumprod", in.alphas, sample, aoti_torch_dtype_float64());
-  check_steps("timestep", in.timestep, sample, aoti_torch_dtype_int64());
-  check_steps("prev_timestep", in.prev_timestep, sample, aoti_torch_dtype_int64());
-  args.timestep_stride = step_stride("timestep", in.timestep, sample);
-  args.prev_timestep_stride = step_stride("prev_timestep", in.prev_timestep, sample);
-  if (sample.numel() == 0) return;
+void run_ddim_step_out(const Kernels& kernels, const DdimInputs& in, const Tensor& prev_tensor,
+                       const MaybeTensor& x0_tensor) {
+  View sample(*in.sample);
+  STD_TORCH_CHECK(sample.dim > 0, "sample must have an axis of samples");
+  const int64_t samples = sample.sizes[0];
+  const View output(*in.output), table(*in.table), prev(prev_tensor);
+  const MaybeView x0 = view(x0_tensor), cond = view(in.cond), noise = view(in.noise), known = view(in.known),
+                  known_noise = view(in.known_noise), mask = view(in.mask);
 
-  const Layout layout(sample, in.timestep.numel() == 1 && in.prev_timestep.numel() == 1);
-  const Tensor output = layout.fit(in.output);
-  const auto cond = in.cond ? std::optional(layout.fit(*in.cond)) : std::nullopt;
-  const auto noise = in.noise ? std::optional(layout.fit(*in.noise)) : std::nullopt;
-  const Tensor alphas = in.alphas.is_contiguous() ? in.alphas : torch::stable::contiguous(in.alphas);
-  args.sample = layout.operand(layout.sample());
-  args.output = layout.operand(output);
-  if (cond) args.cond = layout.operand(*cond);
-  if (noise) args.noise = layout.operand(*noise);
+  DdimArgs args{};
+  args.dtype = args.output_dtype = dtype_of(sample);
+  if (args.dtype == Dtype::f32 && output.dtype != sample.dtype) {
+    args.output_dtype = dtype_of(output);
+    STD_TORCH_CHECK(args.output_dtype != Dtype::f64, "model_output must have the sample's dtype, or a narrower one");
+  }
+  check_like("model_output", output, sample, args.output_dtype == args.dtype ? sample.dtype : output.dtype);
+  check_like("cond_output", cond, sample, output.dtype);
+  check_like("noise", noise, sample, sample.dtype);
+  check_like("known", known, sample, sample.dtype);
+  check_like("known_noise", known_noise, sample, sample.dtype);
+  check_like("mask", mask, sample, numbers().boolean);
+  STD_TORCH_CHECK(known.has_value() == mask.has_value(), "known and mask go together");
+  check_like("prev_sample", prev, sample, sample.dtype);
+  check_like("pred_original_sample", x0, sample, sample.dtype);
+  check_vector("table", table, sample, numbers().f64);
+  STD_TORCH_CHECK(table.dim == 2 && table.sizes[1] == COLUMNS && is_row_major(table) && table.strides[0] == COLUMNS,
+                  "table must be a contiguous (rows, 6)");
+  args.rows = table.sizes[0];
+  bool shared = args.rows == 1;
+  if (const MaybeView row = view(in.row)) {
+    check_vector("row", *row, sample, numbers().int64);
+    args.row_stride = stride_of("row", *row, samples);
+    args.row = static_cast<const int64_t*>(row->data());
+    shared = row->numel == 1;
+  } else {
+    STD_TORCH_CHECK(shared || args.rows == samples, "table must have one row, or one a sample");
+  }
+  const auto per_sample = [&](const char* name, const MaybeTensor& tensor, const double*& data, int64_t& stride) {
+    const MaybeView vector = view(tensor);
+    if (!vector) return;
+    check_vector(name, *vector, sample, numbers().f64);
+    stride = stride_of(name, *vector, samples);
+    data = static_cast<const double*>(vector->data());
+    shared = false;
+  };
+  per_sample("rescale", in.rescale, args.rescale, args.rescale_stride);
+  per_sample("threshold", in.threshold, args.threshold, args.threshold_stride);
+  if (in.seed) check_seed(View(*in.seed), sample), shared = false;
+  if (sample.numel == 0) return;
+
+  // Copies live until the kernel has been queued.
+  std::optional<Tensor> packed;
+  if (!is_dense(sample, 1)) {
+    packed = torch::stable::contiguous(*in.sample);
+    sample = View(*packed);
+  }
+  const Layout layout(sample, shared);
+  MaybeTensor copies[6];
+  int used = 0;
+  const auto place = [&](const View& tensor, Operand& operand) {
+    if (layout.fits(tensor)) {
+      operand = layout.operand(tensor);
+    } else {
+      copies[used] = layout.copy(tensor);
+      operand = layout.operand(View(*copies[used++]));
+    }
+  };
+  args.sample = layout.operand(sample);
+  place(output, args.output);
+  if (cond) place(*cond, args.cond);
+  if (known) place(*known, args.known);
+  if (known_noise) place(*known_noise, args.known_noise);
+  if (mask) place(*mask, args.mask);
+  MaybeTensor drawn;
+  if (noise) {
+    place(*noise, args.noise);
+  } else if (in.seed && is_row_major(sample)) {
+    args.seed = static_cast<const int64_t*>(in.seed->data_ptr());
+  } else if (in.seed) {  // numbers follow the row-major order
+    drawn = run_philox_normal(kernels, *sample.tensor, *in.seed);
+    place(View(*drawn), args.noise);
+  }
 
   // An output that the kernel cannot write in place goes through a temporary.
-  const size_t element = sample.element_size();
-  const auto target = [&](const Tensor& out) {
+  const size_t element = bytes(args.dtype), output_element = bytes(args.output_dtype);
+  const auto target = [&](const View& out, MaybeTensor& made, Operand& operand) {
     if (layout.fits(out)) {
-      const Operand direct = layout.operand(out);
+      operand = layout.operand(out);
       bool clash = false;
-      for (const Operand& input : {args.sample, args.output, args.cond, args.noise})
-        clash |= overlaps(direct, input, layout, element);
-      if (!clash) return out;
+      for (const Operand* input : {&args.sample, &args.noise, &args.known, &args.known_noise})
+        clash |= overlaps(operand, element, *input, element, layout);
+      for (const Operand* input : {&args.output, &args.cond})
+        clash |= overlaps(operand, element, *input, output_element, layout);
+      if (!(clash | overlaps(operand, element, args.mask, 1, layout))) return;
     }
-    return layout.make();
+    made = layout.make(out);
+    operand = layout.operand(View(*made));
   };
-  Tensor to_prev = target(prev);
-  auto to_x0 = x0 ? std::optional(target(*x0)) : std::nullopt;
-  args.prev = layout.operand(to_prev);
-  if (to_x0) args.x0 = layout.operand(*to_x0);
+  MaybeTensor made_prev, made_x0;
+  target(prev, made_prev, args.prev);
+  if (x0) target(*x0, made_x0, args.x0);
 
-  args.batch = layout.batch();
-  args.inner = layout.inner();
-  args.alphas = static_cast<const double*>(alphas.data_ptr());
-  args.rows = alphas.numel();
-  args.timestep = static_cast<const int64_t*>(in.timestep.data_ptr());
-  args.prev_timestep = static_cast<const int64_t*>(in.prev_timestep.data_ptr());
-  args.eta = in.eta;
-  args.low = in.low;
-  args.high = in.high;
+  args.batch = layout.batch;
+  args.inner = layout.inner;
+  args.table = static_cast<const double*>(table.data());
+  args.low = in.low.value_or(-INFINITY);
+  args.high = in.high.value_or(INFINITY);
   args.guidance = in.guidance;
   args.prediction = in.prediction;
-  args.clips = std::isfinite(in.low) || std::isfinite(in.high);
-  args.device = sample.get_device_index();
-  launch(args);
+  args.clips = in.low || in.high || in.threshold;
+  args.clipped_direction = in.clipped_direction;
+  args.bitwise = in.bitwise;
+  args.device = sample.device;
+  kernels.step(args);
 
-  const auto deliver = [](const Tensor& made, const Tensor& wanted) {
-    if (made.get() == wanted.get()) return;
+  const auto deliver = [](const MaybeTensor& made, const Tensor& wanted) {
+    if (!made) return;
     Tensor out = wanted;
-    torch::stable::copy_(out, made);
+    torch::stable::copy_(out, *made);
   };
-  deliver(to_prev, prev);
-  if (x0) deliver(*to_x0, *x0);
+  deliver(made_prev, prev_tensor);
+  if (x0) deliver(made_x0, *x0_tensor);
 }
 
-std::tuple<Tensor, Tensor> run_ddim_step(Launch launch, const DdimInputs& inputs) {
-  const Tensor& sample = inputs.sample;
+std::tuple<Tensor, Tensor> run_ddim_step(const Kernels& kernels, const DdimInputs& inputs) {
+  const View sample(*inputs.sample);
+  const bool dense = sample.numel > 0 && is_dense(sample, 0);
   const auto like_sample = [&] {
     // torch.empty_like keeps the strides of a dense tensor; this way is the quicker one.
-    return sample.numel() && is_dense(sample, 0) ? empty_strided(sample, sample.strides().data())
-                                                 : torch::stable::empty_like(sample);
+    return dense ? empty(sample, sample.dim, sample.sizes, sample.strides) : torch::stable::empty_like(*inputs.sample);
   };
-  std::tuple<Tensor, Tensor> result(like_sample(), like_sample());
-  run_ddim_step_out(launch, inputs, std::get<0>(result), std::get<1>(result));
-  return result;
+  std::tuple<Tensor, MaybeTensor> result(like_sample(), like_sample());
+  run_ddim_step_out(kernels, inputs, std::get<0>(result), std::get<1>(result));
+  return {std::move(std::get<0>(result)), *std::move(std::get<1>(result))};
+}
+
+Tensor run_ddim_coefficients(const Kernels& kernels, const Tensor& alphas_tensor, const Tensor& timestep_tensor,
+                             const Tensor& prev_tensor, double eta) {
+  const View alphas(alphas_tensor), timestep(timestep_tensor), prev(prev_tensor);
+  check_vector("alphas_cumprod", alphas, alphas, numbers().f64);
+  STD_TORCH_CHECK(alphas.dim == 1 && alphas.strides[0] == 1, "alphas_cumprod must be a contiguous vector");
+  check_vector("timestep", timestep, alphas, numbers().int64);
+  check_vector("prev_timestep", prev, alphas, numbers().int64);
+  CoefficientArgs args{};
+  args.count = timestep.numel == 1 ? prev.numel : timestep.numel;
+  args.timestep_stride = stride_of("timestep", timestep, args.count);
+  args.prev_timestep_stride = stride_of("prev_timestep", prev, args.count);
+  const int64_t sizes[] = {args.count, COLUMNS}, strides[] = {COLUMNS, 1};
+  const Tensor out = empty(alphas, 2, sizes, strides);
+  args.alphas = static_cast<const double*>(alphas.data());
+  args.rows = alphas.numel;
+  args.timestep = static_cast<const int64_t*>(timestep.data());
+  args.prev_timestep = static_cast<const int64_t*>(prev.data());
+  args.eta = eta;
+  args.out = static_cast<double*>(out.data_ptr());
+  args.device = alphas.device;
+  if (args.count > 0) kernels.coefficients(args);
+  return out;
+}
+
+Tensor run_philox_normal(const Kernels& kernels, const Tensor& like, const Tensor& seed) {
+  const View shape(like);
+  check_seed(View(seed), shape);
+  STD_TORCH_CHECK(shape.dim > 0, "like must have an axis of samples");
+  Tensor out = torch::stable::empty_like(like);
+  if (shape.numel == 0) return out;
+  const Tensor flat = torch::stable::contiguous(out);
+  kernels.normal({flat.data_ptr(), shape.sizes[0], shape.numel / shape.sizes[0],
+                  static_cast<const int64_t*>(seed.data_ptr()), dtype_of(shape), shape.device});
+  if (flat.data_ptr() != out.data_ptr()) torch::stable::copy_(out, flat);
+  return out;
 }
 
 }  // namespace protofast

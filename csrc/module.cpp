@@ -18,7 +18,8 @@ py::dict build_info() {
   devices.append("cuda");
 #endif
   py::dict kernels;
-  for (const char* op : {"ddim_step", "ddim_step_out"}) kernels[op] = devices.attr("copy")();
+  for (const char* op : {"ddim_step", "ddim_step_out", "ddim_coefficients", "philox_normal"})
+    kernels[op] = devices.attr("copy")();
 
   const auto version = [](unsigned long long packed) {
     return std::to_string(packed >> 56) + "." + std::to_string(packed >> 48 & 0xff);

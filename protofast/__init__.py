@@ -18,9 +18,9 @@ from .prototype import (
 from .selection import Selection, farthest_pair, k_center, k_dispersion, k_medoids
 
 if TYPE_CHECKING:
-    from . import data, diffusion, pxgen, selection
+    from . import data, diffusers, diffusion, pxgen, selection
 
-_LAZY = ("data", "diffusion", "pxgen")  # their imports cost time that `import protofast` must not pay
+_LAZY = ("data", "diffusers", "diffusion", "pxgen")  # their imports cost time that `import protofast` must not pay
 
 
 def __getattr__(name: str) -> object:
@@ -43,6 +43,7 @@ __all__ = [
     "data",
     "ddim_inverse_step",
     "ddim_step",
+    "diffusers",
     "diffusion",
     "farthest_pair",
     "k_center",

@@ -56,26 +56,28 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen = before
 
 
-def overload(op: str, device: str, backend: str | None = None) -> torch._ops.OpOverload:
-    """The overload of `op` that runs on tensors of device type `device`."""
+def overload(op: str, device: str, backend: str | None = None, *, grad: bool = True) -> torch._ops.OpOverload:
+    """The overload of `op` that runs on tensors of device type `device`; without `grad`, the one autograd ignores."""
+    differentiable = op in _ops.DIFFERENTIABLE
     if (
-        getattr(forward_ad, "_current_level", -1) >= 0 and op in _ops.DIFFERENTIABLE
+        differentiable and getattr(forward_ad, "_current_level", -1) >= 0
     ):  # torch would drop the tangents without a word
         raise NotImplementedError(
             f"{op} has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad); use backward mode"
         )
     wanted = _wanted(backend)
-    found = _found.get((op, device, wanted))
+    found = _found.get((op, device, wanted, grad))
     if found is None:
         if wanted is not None and (reason := why_not(op, device, wanted)):
             raise BackendUnavailableError(reason)
-        found = getattr(getattr(torch.ops.protofast, op), wanted or _first(op, device))
+        name = wanted or _first(op, device)
+        found = getattr(getattr(torch.ops.protofast, op), name if grad or not differentiable else f"{name}_nograd")
         if not torch.compiler.is_compiling():
-            _found[op, device, wanted] = found
+            _found[op, device, wanted, grad] = found
     return found
 
 
-_found: dict[tuple[str, str, str | None], torch._ops.OpOverload] = {}
+_found: dict[tuple[str, str, str | None, bool], torch._ops.OpOverload] = {}
 _from_environment = os.environ.get("PROTOFAST_BACKEND") or None
 
 

@@ -13,9 +13,6 @@ from ._backend import overload
 from ._ops.ddim import PREDICTION_TYPES
 from ._overlap import span
 
-# Private, though torch's own generated code lives by it. The step is right without it, only slower.
-_below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
-
 
 class DDIMStep(NamedTuple):
     """Result of a DDIM step; both tensors have the sample's shape and dtype."""
@@ -59,6 +56,7 @@ class DDIMSchedule:
             )
         self._values: list[float] = table.tolist()
         self._tables: dict[torch.device, tuple[Tensor, tuple[Tensor, ...]]] = {}
+        self._plans: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         self._on(torch.device("cpu"))
 
     @classmethod
@@ -88,6 +86,12 @@ class DDIMSchedule:
         return cls.from_betas((1 - bar[1:] / bar[:-1]).clamp(max=max_beta))
 
     @classmethod
+    def sigmoid(cls, num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> DDIMSchedule:
+        """Betas from `beta_start` to `beta_end` along a sigmoid of [−6, 6] (Xu et al. 2022; diffusers' "sigmoid")."""
+        rise = torch.linspace(-6, 6, num_timesteps, dtype=torch.float64).sigmoid()
+        return cls.from_betas(beta_start + (beta_end - beta_start) * rise)
+
+    @classmethod
     def from_diffusers(cls, scheduler: Any) -> DDIMSchedule:
         """The schedule of a diffusers scheduler (one with ``alphas_cumprod``)."""
         alphas = getattr(scheduler, "alphas_cumprod", None)
@@ -96,6 +100,26 @@ class DDIMSchedule:
                 f"scheduler is a {type(scheduler).__name__}, which has no alphas_cumprod; give a DDIM or DDPM scheduler"
             )
         return cls(alphas, float(getattr(scheduler, "final_alpha_cumprod", 1.0)))
+
+    def zero_terminal_snr(self) -> DDIMSchedule:
+        """The schedule rescaled so that the last timestep is pure noise (Lin et al. 2024, algorithm 1).
+
+        The square roots of the cumulative alphas are shifted and scaled: the last becomes 0, the first stays. Epsilon
+        says nothing of the image there, so the model has to predict v or the sample.
+
+        Examples
+        --------
+        >>> import protofast as pf
+        >>> float(pf.DDIMSchedule.linear(1000).zero_terminal_snr().alphas_cumprod[-1])
+        0.0
+        """
+        root = self.alphas_cumprod.sqrt()
+        if len(root) < 2 or root[0] == root[-1]:
+            raise ValueError("a schedule of constant cumulative alphas cannot be rescaled to zero terminal SNR")
+        root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+        alphas = root.square()
+        alphas[0] = self._values[1]
+        return DDIMSchedule(alphas, self._values[0])
 
     def __len__(self) -> int:
         return len(self._values) - 1
@@ -128,9 +152,17 @@ def ddim_step(
     *,
     eta: float = 0.0,
     noise: Tensor | None = None,
+    seed: int | tuple[int, int] | Tensor | None = None,
     prediction_type: str = "epsilon",
     clip_range: float | tuple[float, float] | None = None,
+    dynamic_threshold: float | tuple[float, float] | None = None,
+    use_clipped_model_output: bool = False,
     guidance_scale: float | None = None,
+    guidance_rescale: float = 0.0,
+    known: Tensor | None = None,
+    known_noise: Tensor | None = None,
+    mask: Tensor | None = None,
+    bitwise: bool = False,
     out: Tensor | tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> DDIMStep:
@@ -146,15 +178,34 @@ def ddim_step(
         One timestep a sample if a tensor. −1 is the image itself, so ``prev_timestep=-1`` is the final step.
     schedule : DDIMSchedule
     eta : float, default 0
-        Scale of the noise, 0 (deterministic) to 1 (ancestral); eq. 16.
+        Scale of the noise, 0 (deterministic) to 1 (ancestral); eq. 16. When positive, give `noise` or `seed`.
     noise : Tensor of the sample's shape, optional
-        Standard normal; needed exactly when ``eta > 0``.
+        Standard normal.
+    seed : int, (int, int) or int64 Tensor of shape (2,) on the sample's device, optional
+        Draws the noise within the step instead: seed and offset (0 if left out) of a counter generator. Sample n is
+        number offset + n; its noise depends on that, the seed and the place in the sample alone, and has the same bits
+        on every backend. `normal_noise` returns it.
     prediction_type : {"epsilon", "sample", "v_prediction"}
     clip_range : float or (float, float), optional
-        Clips the predicted image to [−c, c] or [low, high]. The direction keeps the unclipped prediction, as in
-        diffusers.
+        Clips the predicted image to [−c, c] or [low, high].
+    dynamic_threshold : float or (float, float), optional
+        Dynamic thresholding (Saharia et al. 2022): the quantile of |predicted image| in each sample, and the largest
+        threshold (no limit if left out). The image is clipped to [−s, s] and divided by s, with s at least 1.
+    use_clipped_model_output : bool, default False
+        The direction follows the clipped image; otherwise the unclipped prediction, both as in diffusers.
     guidance_scale : float, optional
         Classifier-free guidance: uncond + scale · (cond − uncond).
+    guidance_rescale : float, default 0
+        Share φ of the guided prediction that is scaled to the standard deviation of the conditional one (Lin et al.
+        2024, sec. 3.4); 0 to 1.
+    known, mask : Tensor of the sample's shape, and bool Tensor that broadcasts to it, optional
+        Inpainting: the step is taken where `mask` is True; elsewhere the result is `known`.
+    known_noise : Tensor of the sample's shape, optional
+        Standard normal. `known` is then a clean image and is noised to `prev_timestep`; without, it is kept as it is.
+    bitwise : bool, default False
+        Every operation in the order of the eager formula, each rounded: the bits of diffusers' own step for float32 and
+        float64 on a CPU, and the same bits on every backend. Otherwise the step is one multiply-add on coefficients
+        computed in float64, which is quicker and closer to the exact result.
     out : Tensor or pair of Tensors, optional
         Where to write. One tensor takes ``prev_sample`` alone (``pred_original_sample`` is then None and is not
         computed); a pair takes both. May be `sample` itself. Not differentiable.
@@ -164,7 +215,7 @@ def ddim_step(
     -------
     DDIMStep
         ``prev_sample`` and ``pred_original_sample``, of the sample's shape and dtype; differentiable in the sample,
-        the prediction and the noise.
+        the prediction, the noise and what is known.
 
     Raises
     ------
@@ -180,116 +231,74 @@ def ddim_step(
     >>> pf.ddim_step(x, e, 500, 480, schedule).prev_sample.shape
     torch.Size([2, 3, 8, 8])
     """
-    if not isinstance(sample, Tensor):
-        raise TypeError(f"sample is a {type(sample).__name__}; give a torch tensor")
-    if not isinstance(schedule, DDIMSchedule):
-        raise TypeError(
-            f"schedule is a {type(schedule).__name__}; give a DDIMSchedule (DDIMSchedule.from_diffusers makes one of a "
-            "diffusers scheduler)"
+    plain = (  # nothing beyond the common step
+        noise is None
+        and seed is None
+        and guidance_scale is None
+        and dynamic_threshold is None
+        and known is None
+        and known_noise is None
+        and mask is None
+        and not eta
+        and not guidance_rescale
+    )
+    plan = None  # what was checked and computed at the first step of this kind
+    if type(timestep) is int and type(prev_timestep) is int and not torch.compiler.is_compiling():
+        settings = timestep, prev_timestep, eta, prediction_type, clip_range, use_clipped_model_output, bitwise
+        try:
+            plan = schedule._plans.get((*settings, sample.device, sample.dtype, sample.ndim))
+        except (AttributeError, TypeError):  # explained by `_plan`
+            plan = None
+        # What is the same needs no closer look, and the look costs as much as a small step.
+        same = (
+            type(model_output) is Tensor and model_output.dtype is sample.dtype and model_output.shape == sample.shape
         )
-    dtype, shape, where = sample.dtype, sample.shape, sample.device
-    if not (dtype.is_floating_point and shape):
-        raise TypeError(f"sample is {sample.dtype} of shape {tuple(sample.shape)}; give floating point (B, ...)")
-    kind = PREDICTION_TYPES.get(prediction_type)
-    if kind is None:
-        raise ValueError(f"prediction_type is {prediction_type!r}; choose one of {', '.join(PREDICTION_TYPES)}")
+        if plain and same and out is None and plan is not None:
+            grad = torch.is_grad_enabled() and (sample.requires_grad or model_output.requires_grad)
+            step = overload("ddim_step", plan[0], backend, grad=grad)
+            return tuple.__new__(DDIMStep, step(sample, model_output, *plan[1]))
+    if plan is None:
+        arguments = _plan(
+            sample,
+            timestep,
+            prev_timestep,
+            schedule,
+            eta,
+            prediction_type,
+            clip_range,
+            use_clipped_model_output,
+            bitwise,
+            backend,
+        )
+    else:
+        arguments = plan[1]
     cond_output = None
     if guidance_scale is not None:
         model_output, cond_output = _pair(model_output, sample)
     elif isinstance(model_output, (tuple, list)):
         raise TypeError("model_output is a pair, which only guidance_scale takes; give one tensor, or the scale")
-    same = (
-        isinstance(model_output, Tensor)
-        and model_output.dtype == dtype
-        and model_output.shape == shape
-        and model_output.device == where
-    )
-    if not same:  # what is the same needs no closer look, and the look costs as much as a small step
-        _match("model_output", model_output, sample)
-    if cond_output is not None:
-        _match("model_output (conditional part)", cond_output, sample)
-    if (eta != 0) != (noise is not None):
-        if noise is None:
-            raise ValueError(f"eta is {eta}, so the step needs noise; pass noise=torch.randn_like(sample), or eta=0")
-        raise ValueError("noise was given with eta 0, where the step draws none; pass eta > 0, or no noise")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}; give a number from 0 to 1")
-    if noise is not None:
-        _match("noise", noise, sample)
-    if clip_range is None:
-        low, high = -math.inf, math.inf
-    else:
-        ends = tuple(clip_range) if isinstance(clip_range, (tuple, list)) else (-clip_range, clip_range)
-        if not (len(ends) == 2 and ends[0] <= ends[1]):
-            raise ValueError(f"clip_range is {clip_range}; give c >= 0 or (low, high) with low <= high")
-        low, high = float(ends[0]), float(ends[1])
-    table, steps = schedule._on(where)
-    now = _timestep("timestep", timestep, steps, sample)
-    prev = _timestep("prev_timestep", prev_timestep, steps, sample)
-    compiling = torch.compiler.is_compiling()
-    if not (isinstance(timestep, Tensor) or compiling):
-        alpha = schedule._values[timestep + 1]
-        if alpha == 0 and prediction_type == "epsilon":
-            raise ValueError(
-                f"timestep {timestep} has cumulative alpha 0 (zero terminal SNR), where epsilon says nothing of the "
-                "image; use a model with v_prediction or sample prediction"
-            )
-        if alpha == 1 and (prediction_type == "sample" or eta > 0):
-            raise ValueError(f"timestep {timestep} has cumulative alpha 1 (no noise), where this step is undefined")
-
-    wide = dtype
-    if not (
-        (same or model_output.dtype == dtype)
-        and (cond_output is None or cond_output.dtype == dtype)
-        and (noise is None or noise.dtype == dtype)
-    ):  # as under autocast
-        for tensor in (model_output, cond_output, noise):
-            wide = wide if tensor is None else torch.promote_types(wide, tensor.dtype)
-        model_output = model_output.to(wide)
-        cond_output = None if cond_output is None else cond_output.to(wide)
-        noise = None if noise is None else noise.to(wide)
-    inputs = (
-        sample if wide == dtype else sample.to(wide),
-        model_output,
-        cond_output,
-        noise,
-        table,
-        now,
-        prev,
-        eta,
-        kind,
-        low,
-        high,
-        1.0 if guidance_scale is None else guidance_scale,
-    )
-    device = where.type
-    differentiates = torch.is_grad_enabled() and (
-        sample.requires_grad
-        or model_output.requires_grad
-        or (cond_output is not None and cond_output.requires_grad)
-        or (noise is not None and noise.requires_grad)
-    )
+    _match("model_output", model_output, sample)
+    more: dict[str, Any] = {}
+    if not plain:
+        if clip_range is not None and dynamic_threshold is not None:
+            raise ValueError("clip_range and dynamic_threshold were both given; give one of them")
+        more = _more(sample, eta, noise, seed, cond_output, guidance_scale, guidance_rescale, known, known_noise, mask)
+    dtype = sample.dtype
+    if more or model_output.dtype != dtype:
+        sample, model_output = _widen(sample, model_output, more)
+    if guidance_rescale:
+        more["rescale"] = _rescale(model_output, more["cond_output"], guidance_scale, guidance_rescale)
     if out is None:
-        step = overload("ddim_step", device, backend)
-        if differentiates or compiling:
-            result = step(*inputs)
-        else:  # torch's autograd layer of an op with a formula in Python takes longer than a small step
-            with _below_autograd():
-                result = step(*inputs)
-        return DDIMStep(*result) if wide == dtype else DDIMStep._make(r.to(dtype) for r in result)
-    prev_out, x0_out = _outputs(out, sample)
-    if differentiates or (
-        torch.is_grad_enabled() and (prev_out.requires_grad or (x0_out is not None and x0_out.requires_grad))
+        result = run_plan(sample, model_output, arguments, more, dynamic_threshold, backend)
+        return DDIMStep._make(result if sample.dtype == dtype else [tensor.to(dtype) for tensor in result])
+    outputs = _outputs(out, sample, dtype)
+    if torch.is_grad_enabled() and any(
+        isinstance(tensor, Tensor) and tensor.requires_grad
+        for tensor in (sample, model_output, *more.values(), *outputs)
     ):
         raise ValueError("out= cannot be used where a gradient is needed; leave it out, or use torch.no_grad()")
-    if wide == dtype:
-        overload("ddim_step_out", device, backend)(*inputs, prev_sample=prev_out, pred_original_sample=x0_out)
-    else:
-        result = overload("ddim_step", device, backend)(*inputs)
-        prev_out.copy_(result[0])
-        if x0_out is not None:
-            x0_out.copy_(result[1])
-    return DDIMStep(prev_out, x0_out)
+    run_plan(sample, model_output, arguments, more, dynamic_threshold, backend, outputs)
+    return DDIMStep(*outputs)
 
 
 def ddim_inverse_step(
@@ -333,6 +342,259 @@ def ddim_inverse_step(
     )
 
 
+def normal_noise(like: Tensor, seed: int | tuple[int, int] | Tensor, *, backend: str | None = None) -> Tensor:
+    """The noise that `ddim_step` draws for `seed`: Philox4x32-10 (Salmon et al. 2011) and Box–Muller.
+
+    Parameters
+    ----------
+    like : Tensor of shape (B, ...)
+        Its shape, dtype, layout and device are the result's.
+    seed : int, (int, int) or int64 Tensor of shape (2,) on the device of `like`
+        Seed and offset; sample n is number offset + n.
+    backend : str, optional
+
+    Returns
+    -------
+    Tensor
+        Standard normal float32 values, rounded to the dtype; the same bits on every backend.
+
+    Examples
+    --------
+    >>> import torch, protofast as pf
+    >>> both = pf.diffusion.normal_noise(torch.empty(2, 5), seed=7)
+    >>> torch.equal(both[1:], pf.diffusion.normal_noise(torch.empty(1, 5), seed=(7, 1)))
+    True
+    """
+    if not isinstance(like, Tensor):
+        raise TypeError(f"like is a {type(like).__name__}; give a torch tensor")
+    if not (like.is_floating_point() and like.ndim):
+        raise TypeError(f"like is {like.dtype} of shape {tuple(like.shape)}; give floating point (B, ...)")
+    return overload("philox_normal", like.device.type, backend)(like.detach(), _seed(seed, like.device))
+
+
+def _plan(
+    sample: Tensor,
+    timestep: int | Tensor,
+    prev_timestep: int | Tensor,
+    schedule: DDIMSchedule,
+    eta: float,
+    prediction_type: str,
+    clip_range: float | tuple[float, float] | None,
+    clipped_direction: bool,
+    bitwise: bool,
+    backend: str | None,
+) -> tuple[Any, ...]:
+    """The arguments of the op from `table` to `clipped_direction`, checked, without trailing defaults."""
+    if not isinstance(sample, Tensor):
+        raise TypeError(f"sample is a {type(sample).__name__}; give a torch tensor")
+    if not isinstance(schedule, DDIMSchedule):
+        raise TypeError(
+            f"schedule is a {type(schedule).__name__}; give a DDIMSchedule (DDIMSchedule.from_diffusers makes one of a "
+            "diffusers scheduler)"
+        )
+    if not (sample.dtype.is_floating_point and sample.ndim):
+        raise TypeError(f"sample is {sample.dtype} of shape {tuple(sample.shape)}; give floating point (B, ...)")
+    kind = PREDICTION_TYPES.get(prediction_type)
+    if kind is None:
+        raise ValueError(f"prediction_type is {prediction_type!r}; choose one of {', '.join(PREDICTION_TYPES)}")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}; give a number from 0 to 1")
+    low = high = None
+    if clip_range is not None:
+        ends = tuple(clip_range) if isinstance(clip_range, (tuple, list)) else (-clip_range, clip_range)
+        if not (len(ends) == 2 and ends[0] <= ends[1]):
+            raise ValueError(f"clip_range is {clip_range}; give c >= 0 or (low, high) with low <= high")
+        low, high = (None if abs(end) == math.inf else float(end) for end in ends)
+    alphas, steps = schedule._on(sample.device)
+    now = _timestep("timestep", timestep, steps, sample)
+    prev = _timestep("prev_timestep", prev_timestep, steps, sample)
+    compiling = torch.compiler.is_compiling()
+    if not (isinstance(timestep, Tensor) or compiling):
+        alpha = schedule._values[timestep + 1]
+        if alpha == 0 and prediction_type == "epsilon":
+            raise ValueError(
+                f"timestep {timestep} has cumulative alpha 0 (zero terminal SNR), where epsilon says nothing of the "
+                "image; use a model with v_prediction or sample prediction"
+            )
+        if alpha == 1 and (prediction_type == "sample" or eta > 0 or clipped_direction):
+            raise ValueError(f"timestep {timestep} has cumulative alpha 1 (no noise), where this step is undefined")
+    kept = type(timestep) is int and type(prev_timestep) is int and not compiling
+    device = sample.device.type
+    if bitwise:
+        coefficients = overload("ddim_eager_coefficients", device, "reference")
+    else:  # what is kept must not depend on who computed it
+        coefficients = overload("ddim_coefficients", device, "reference" if kept else backend)
+    with torch.inference_mode(False) if not compiling else nullcontext():  # what stays must serve a gradient too
+        table = coefficients(alphas, now, prev, float(eta))
+    plan = [table, None, kind, bool(bitwise), low, high, bool(clipped_direction)]
+    for default in (False, None, None, False, 0, None):
+        if plan[-1] != default:
+            break
+        plan.pop()
+    if kept and type(table) is Tensor and not isinstance(clip_range, list) and not _capturing(sample):
+        what = timestep, prev_timestep, eta, prediction_type, clip_range, clipped_direction, bitwise
+        schedule._plans[(*what, sample.device, sample.dtype, sample.ndim)] = device, tuple(plan)
+    return tuple(plan)
+
+
+def run_plan(
+    sample: Tensor,
+    model_output: Tensor,
+    plan: tuple[Any, ...],
+    more: dict[str, Any],
+    dynamic_threshold: float | tuple[float, float] | None = None,
+    backend: str | None = None,
+    out: tuple[Tensor, Tensor | None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The op on arguments that were checked: `plan` from `table` to `clipped_direction`, `more` the others by name."""
+    device = sample.device.type
+    if dynamic_threshold is not None:
+        given = {key: more[key] for key in ("cond_output", "guidance_scale", "rescale") if key in more}
+        image = overload("ddim_step", device, backend)(sample, model_output, *plan, **given)[1]
+        more = {**more, "threshold": _threshold(image, dynamic_threshold)}
+    if out is None:
+        grad = torch.compiler.is_compiling() or (
+            torch.is_grad_enabled()
+            and (
+                sample.requires_grad
+                or model_output.requires_grad
+                or any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in more.values())
+            )
+        )
+        return overload("ddim_step", device, backend, grad=grad)(sample, model_output, *plan, **more)
+    prev, x0 = out
+    if prev.dtype == sample.dtype:
+        step = overload("ddim_step_out", device, backend)
+        step(sample, model_output, *plan, **more, prev_sample=prev, pred_original_sample=x0)
+    else:
+        result = overload("ddim_step", device, backend)(sample, model_output, *plan, **more)
+        prev.copy_(result[0])
+        if x0 is not None:
+            x0.copy_(result[1])
+    return out  # type: ignore[return-value]
+
+
+def _capturing(sample: Tensor) -> bool:
+    """Whether a CUDA graph is being captured: what is computed there has no value yet."""
+    return sample.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _more(
+    sample: Tensor,
+    eta: float,
+    noise: Tensor | None,
+    seed: int | tuple[int, int] | Tensor | None,
+    cond_output: Tensor | None,
+    guidance_scale: float | None,
+    guidance_rescale: float,
+    known: Tensor | None,
+    known_noise: Tensor | None,
+    mask: Tensor | None,
+) -> dict[str, Any]:
+    """What a step takes beyond the common one, checked: keyword arguments of the op."""
+    more: dict[str, Any] = {}
+    if cond_output is not None:
+        more["cond_output"], more["guidance_scale"] = cond_output, float(guidance_scale)  # type: ignore[arg-type]
+    if not 0 <= guidance_rescale <= 1:
+        raise ValueError(f"guidance_rescale is {guidance_rescale}; give a number from 0 to 1")
+    if guidance_rescale and guidance_scale is None:
+        raise ValueError("guidance_rescale was given without guidance_scale; give both, or neither")
+    if noise is not None and seed is not None:
+        raise ValueError("noise and seed were both given; give the noise, or the seed that draws it")
+    if (eta != 0) != (noise is not None or seed is not None):
+        if eta != 0:
+            raise ValueError(
+                f"eta is {eta}, so the step needs noise; pass noise=torch.randn_like(sample) or seed=0, or eta=0"
+            )
+        given = "seed" if noise is None else "noise"
+        raise ValueError(f"{given} was given with eta 0, where the step draws none; pass eta > 0, or no {given}")
+    if noise is not None:
+        _match("noise", noise, sample)
+        more["noise"] = noise
+    if seed is not None:
+        more["seed"] = _seed(seed, sample.device)
+    if (known is None) != (mask is None):
+        raise ValueError("known and mask go together; give both, or neither")
+    if known is not None and mask is not None:
+        _match("known", known, sample)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            what = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask is a {what}; give a bool tensor, True where the step is taken")
+        if mask.device != sample.device:
+            raise ValueError(f"mask is on {mask.device}; the sample is on {sample.device}")
+        try:
+            more["known"], more["mask"] = known, mask.broadcast_to(sample.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"mask has shape {tuple(mask.shape)}, which does not broadcast to the sample's {tuple(sample.shape)}"
+            ) from None
+    if known_noise is not None:
+        if known is None:
+            raise ValueError("known_noise was given without known; give the clean image that it noises")
+        _match("known_noise", known_noise, sample)
+        more["known_noise"] = known_noise
+    return more
+
+
+def _seed(seed: int | tuple[int, int] | Tensor, device: torch.device) -> Tensor:
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.shape != (2,) or seed.device != device:
+            raise ValueError(
+                f"seed is {seed.dtype} {tuple(seed.shape)} on {seed.device}; give an int, (seed, offset), or an int64 "
+                f"tensor (2,) on {device}"
+            )
+        return seed
+    pair = tuple(seed) if isinstance(seed, (tuple, list)) else (seed, 0)
+    if len(pair) != 2 or not all(isinstance(word, int) and 0 <= word < 2**63 for word in pair):
+        raise ValueError(f"seed is {seed!r}; give an int from 0 to 2**63 − 1, or a pair (seed, offset) of such")
+    if device.type == "cpu":
+        return torch.tensor(pair)
+    made = torch.full((2,), pair[0], dtype=torch.int64, device=device)  # torch.tensor would wait for the device
+    made[1:].fill_(pair[1])
+    return made
+
+
+def _widen(sample: Tensor, model_output: Tensor, more: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Casts mixed dtypes to what the op takes: one dtype; or float32 with bfloat16 or float16 predictions."""
+    outputs = [model_output, more["cond_output"]] if "cond_output" in more else [model_output]
+    others = [key for key in ("noise", "known", "known_noise") if key in more]
+    narrow = {output.dtype for output in outputs}
+    wide = sample.dtype
+    for tensor in (*outputs, *(more[key] for key in others)):
+        wide = torch.promote_types(wide, tensor.dtype)
+    if not (wide == sample.dtype == torch.float32 and len(narrow) == 1 and narrow <= {torch.bfloat16, torch.float16}):
+        outputs = [output.to(wide) for output in outputs]
+    for key in others:
+        more[key] = more[key].to(wide)
+    if len(outputs) == 2:
+        more["cond_output"] = outputs[1]
+    return sample.to(wide), outputs[0]
+
+
+def _rescale(uncond: Tensor, cond: Tensor, scale: float | None, share: float) -> Tensor:
+    """The factor of each sample's guided prediction (Lin et al. 2024, eq. 14 to 16)."""
+    work = torch.promote_types(cond.dtype, torch.float32)
+    uncond, cond = uncond.to(work).flatten(1), cond.to(work).flatten(1)
+    guided = uncond + scale * (cond - uncond)
+    return (share * (cond.std(1) / guided.std(1)) + (1 - share)).double()
+
+
+def _threshold(image: Tensor, setting: float | tuple[float, float]) -> Tensor:
+    """Each sample's threshold of dynamic thresholding, at least 1 (Saharia et al. 2022, sec. 2.3)."""
+    ratio, largest = setting if isinstance(setting, (tuple, list)) else (setting, math.inf)
+    if not (0 <= ratio <= 1 and largest > 0):
+        raise ValueError(f"dynamic_threshold is {setting}; give a quantile from 0 to 1, or (quantile, largest > 0)")
+    size = image.flatten(1).to(torch.promote_types(image.dtype, torch.float32)).abs()
+    if size.shape[1] == 0 or size.shape[0] == 0:
+        return size.new_ones(size.shape[0], dtype=torch.float64)
+    # torch.quantile, with its rank in the tensor's dtype, by selection: it sorts, and refuses over 2²⁴ elements.
+    rank = torch.tensor(ratio, dtype=size.dtype) * (size.shape[1] - 1)
+    low = int(rank)
+    below, above = (size.kthvalue(min(low + i, size.shape[1]), 1).values for i in (1, 2))
+    quantile = torch.lerp(below, above, float(rank - low))
+    return quantile.clamp(min=1).clamp(max=largest).double()
+
+
 def _pair(model_output: Tensor | tuple[Tensor, Tensor], sample: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(model_output, (tuple, list)):
         if len(model_output) != 2:
@@ -360,7 +622,7 @@ def _match(name: str, tensor: Tensor, sample: Tensor) -> None:
         raise TypeError(f"{name} is {tensor.dtype}; give floating point")
 
 
-def _outputs(out: Tensor | tuple[Tensor, Tensor], sample: Tensor) -> tuple[Tensor, Tensor | None]:
+def _outputs(out: Tensor | tuple[Tensor, Tensor], sample: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     pair = tuple(out) if isinstance(out, (tuple, list)) else (out,)
     if len(pair) not in (1, 2):
         raise ValueError(
@@ -369,9 +631,9 @@ def _outputs(out: Tensor | tuple[Tensor, Tensor], sample: Tensor) -> tuple[Tenso
     for name, tensor in zip(("out", "out[1]"), pair, strict=False):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}; give a torch tensor")
-        if tensor.shape != sample.shape or tensor.dtype != sample.dtype or tensor.device != sample.device:
+        if tensor.shape != sample.shape or tensor.dtype != dtype or tensor.device != sample.device:
             raise ValueError(
-                f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; it must be {sample.dtype} "
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; it must be {dtype} "
                 f"{tuple(sample.shape)} on {sample.device}, as the sample is"
             )
         if not tensor.is_contiguous() and any(
@@ -383,7 +645,7 @@ def _outputs(out: Tensor | tuple[Tensor, Tensor], sample: Tensor) -> tuple[Tenso
     if not torch.compiler.is_compiling():
         (first, end), (other_first, other_end) = span(pair[0]), span(pair[1])
         # Where one is strided they may be interleaved, which is fine, unless both begin in the same place.
-        dense = end - first == other_end - other_first == sample.numel() * sample.element_size()
+        dense = end - first == other_end - other_first == sample.numel() * dtype.itemsize
         if first == other_first != end or (dense and first < other_end and other_first < end):
             raise ValueError("out[0] and out[1] share memory; give two tensors")
     return pair[0], pair[1]

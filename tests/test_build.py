@@ -167,7 +167,7 @@ def test_build_info():
 @pytest.mark.parametrize("source_file", sorted((ROOT / "csrc").glob("cuda/*.cu")), ids=lambda path: path.name)
 def test_cuda_compiles_without_spills(source_file, tmp_path):
     gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
-    options = ["-std=c++20", "-O3", "-Xptxas=-v", "--threads=2", *gencode, "-c", "-o", str(tmp_path / "object.o")]
+    options = ["-std=c++20", "-O3", "-fmad=false", "-Xptxas=-v", "--threads=2", *gencode, "-c", "-o", str(tmp_path / "object.o")]
     done = subprocess.run([NVCC, *options, str(source_file)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
@@ -175,3 +175,19 @@ def test_cuda_compiles_without_spills(source_file, tmp_path):
     assert kernels > 0
     assert len(spills) >= kernels * len(ARCHS)
     assert set(spills) == {("0", "0")}, done.stderr
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not here")
+def test_cuda_keeps_the_bits_it_promises(tmp_path):
+    """No contraction where other backends have none, and roots and quotients rounded correctly."""
+    assert '"-fmad=false"' in (ROOT / "setup.py").read_text()
+    options = ["-std=c++20", "-O3", "-fmad=false", "-arch=sm_90", "-ptx", "-o", str(tmp_path / "kernels.ptx")]
+    subprocess.run([NVCC, *options, str(ROOT / "csrc/cuda/ddim_step.cu")], check=True, timeout=300)
+    bodies = re.split(r"\.entry ", (tmp_path / "kernels.ptx").read_text())[1:]
+    exact = [body for body in bodies if re.match(r"\w*(normal|coefficients)_kernel", body)]
+    assert len(exact) == 5
+    for body in bodies:
+        assert not re.search(r"(sqrt|div)\.(approx|full)", body)
+        if body in exact:
+            assert "fma." not in body
+            assert "sqrt.rn" in body

@@ -23,7 +23,39 @@ def exact_step(x, m, t, prev, schedule):
     return sample * x + (direction - image) * m, sample * abs(x) + (direction + image) * abs(m)
 
 
-def _on_isa() -> tuple[str, list[float]]:
+def _same_bits() -> bool:
+    """Whether every option without contraction, and the noise, has the reference's bits at every length."""
+    schedule = pf.DDIMSchedule.linear(1000)
+    torch.manual_seed(0)
+    for dtype, narrow in [(d, d) for d in DTYPES] + [(torch.float32, torch.bfloat16), (torch.float32, torch.float16)]:
+        for count in [*range(1, 70), 127, 128, 129, 190]:
+            x, u, v, k, z = (torch.randn(2, count).to(dtype) for _ in range(5))
+            mask = torch.rand(2, count) < 0.5
+            results = [
+                pf.ddim_step(
+                    *(x, (u.to(narrow), v.to(narrow)), 500, 480, schedule),
+                    eta=0.5,
+                    seed=(3, count),
+                    guidance_scale=2.0,
+                    guidance_rescale=0.5 if count > 1 else 0.0,
+                    known=k,
+                    known_noise=z,
+                    mask=mask,
+                    clip_range=1.0,
+                    bitwise=True,
+                    prediction_type=kind,
+                    backend=backend,
+                )
+                for kind in ("epsilon", "sample", "v_prediction")
+                for backend in ("native", "reference")
+            ]
+            for native, reference in zip(results[::2], results[1::2], strict=True):
+                if not all(map(torch.equal, native, reference)):
+                    return False
+    return True
+
+
+def _on_isa() -> tuple[str, list[float], bool]:
     """Every length up to beyond a block, at every alignment; for each dtype the worst error as a share of the bound."""
     from protofast import _C
 
@@ -43,7 +75,7 @@ def _on_isa() -> tuple[str, list[float]]:
             out[:, 3 : 3 + count] = 7
             assert (out == 7).all(), "wrote outside its output"
         shares.append(worst)
-    return _C.build_info()["isa"], shares
+    return _C.build_info()["isa"], shares, _same_bits()
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -53,8 +85,9 @@ def test_every_instruction_set(isa):
     best = _C.build_info()["isa"]
     if ISAS.index(isa) > ISAS.index(best):
         pytest.skip(f"this processor has {best} at best")
-    used, shares = run_fresh(_on_isa, PROTOFAST_CPU_ISA=isa)
+    used, shares, same = run_fresh(_on_isa, PROTOFAST_CPU_ISA=isa)
     assert used == isa
+    assert same
     assert all(share > 0 for share in shares)
 
 
@@ -95,17 +128,57 @@ def test_large_outputs_and_threads(dtype):
             assert torch.equal(large[:, part], expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_noise_and_threads(dtype):
+    """Drawn noise does not depend on where a thread begins or on non-temporal stores."""
+    schedule = pf.DDIMSchedule.linear(1000)
+    x = torch.zeros(2, (36 << 20) // (4 * dtype.itemsize) + 3, dtype=dtype)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            out = torch.full_like(x, torch.nan)
+            pf.ddim_step(x, x, 500, 480, schedule, eta=1.0, seed=5, out=out, backend="native")
+            found.append(out)
+            noise = pf.diffusion.normal_noise(x, 5, backend="native")
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
+    given = pf.ddim_step(x, x, 500, 480, schedule, eta=1.0, noise=noise, out=torch.empty_like(x), backend="native")
+    assert torch.equal(found[0], given.prev_sample)
+
+
 def test_direct_calls_are_checked():
     """The op itself refuses what would read out of bounds."""
-    schedule = pf.DDIMSchedule.linear(10)
-    table, steps = schedule._on(torch.device("cpu"))
-    op = torch.ops.protofast.ddim_step.native
-    x = torch.ones(3, 4)
-    rest = (0.0, 0, -1.0, 1.0, 1.0)
-    for bad in (torch.ones(3, 3), torch.ones(3, 4, dtype=torch.float64), torch.ones(12)):
-        with pytest.raises(RuntimeError, match="model_output"):
-            op(x, bad, None, None, table, steps[3], steps[2], *rest)
+    step, coefficients = torch.ops.protofast.ddim_step.native, torch.ops.protofast.ddim_coefficients.native
+    alphas, steps = pf.DDIMSchedule.linear(10)._on(torch.device("cpu"))
+    table = coefficients(alphas, steps[3], steps[2], 0.0)
+    x, vector = torch.ones(3, 4), torch.ones(2, dtype=torch.float64)
+    for bad in (torch.ones(3, 3), torch.ones(3, 4, dtype=torch.float64), torch.ones(12), torch.ones(3, 4).int()):
+        with pytest.raises(RuntimeError, match=r"model_output|dtype|float32"):
+            step(x, bad, table)
+        for name in ("cond_output", "noise", "known_noise"):
+            with pytest.raises(RuntimeError, match=name):
+                step(x, x, table, **{name: bad})
+    for bad in (table.float(), table[:, :5], table.expand(2, 6), table.repeat(2, 1), table[0]):
+        with pytest.raises(RuntimeError, match="table"):
+            step(x, x, bad)
+    for bad in (torch.tensor([0, 0]), torch.tensor([0], dtype=torch.int32)):
+        with pytest.raises(RuntimeError, match="row"):
+            step(x, x, table, bad)
+    for name in ("rescale", "threshold"):
+        for bad in (vector, torch.ones(3)):
+            with pytest.raises(RuntimeError, match=name):
+                step(x, x, table, **{name: bad})
+    for bad in (torch.zeros(3, dtype=torch.int64), torch.zeros(2), torch.zeros(4, dtype=torch.int64)[::2]):
+        with pytest.raises(RuntimeError, match="seed"):
+            step(x, x, table, seed=bad)
+    with pytest.raises(RuntimeError, match="go together"):
+        step(x, x, table, known=x)
+    with pytest.raises(RuntimeError, match="mask"):
+        step(x, x, table, known=x, mask=torch.ones(3, dtype=torch.bool))
     with pytest.raises(RuntimeError, match="timestep"):
-        op(x, x, None, None, table, torch.tensor([1, 2]), steps[2], *rest)
+        coefficients(alphas, torch.tensor([1, 2]), torch.tensor([1, 2, 3]), 0.0)
     with pytest.raises(RuntimeError, match="alphas_cumprod"):
-        op(x, x, None, None, table.float(), steps[3], steps[2], *rest)
+        coefficients(alphas.float(), steps[3], steps[2], 0.0)

@@ -1,51 +1,132 @@
-"""The Triton DDIM kernel: what it compiles to on GPUs that are not here, and its two ways of running."""
+"""The Triton DDIM kernels: what they compile to on GPUs that are not here, their bits, and where they run.
+
+Nothing of protofast is imported up here: this module is imported where that import is what is tested.
+"""
 
 import importlib.util
 import os
+import random
+import re
 
+import numpy as np
 import pytest
 import torch
 from helpers.aot import ARCHITECTURES, assert_no_spills, assert_wide_addresses, builds
+from helpers.errors import assert_within, exact
 from helpers.fresh import run_fresh
+from helpers.layouts import layouts
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KINDS = ["epsilon", "sample", "v_prediction"]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def kernel_of(op, backend="triton"):
+    from protofast._backend import overload
+
+    return overload(op, DEVICE if backend == "triton" else "cpu", backend)
+
+
+def on(backend, op, *args, **kwargs):
+    """The op's results on the CPU, computed by Triton on the GPU if there is one."""
+    device = DEVICE if backend == "triton" else "cpu"
+
+    def move(value):
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    results = kernel_of(op, backend)(*map(move, args), **{key: move(value) for key, value in kwargs.items()})
+    return results.cpu() if isinstance(results, torch.Tensor) else tuple(result.cpu() for result in results)
+
+
+def bits(values):
+    """Its bits, NaN all alike."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    return values.masked_fill(values.isnan(), torch.nan).view(integers)
+
+
+# What it compiles to.
+
 
 def launches():
-    """Every dtype, per-sample and shared timesteps, with everything the step can take and with the least."""
+    """Every dtype, per-sample and shared coefficients, with everything that is read and with the least."""
     from protofast.backends.triton.ddim import ddim_step, ddim_step_out
 
-    table = torch.rand(11, dtype=torch.float64)
+    table, index = torch.zeros(9, 6, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
+    ratio = torch.ones(4, dtype=torch.float64)
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         x = torch.zeros(4, 3, 32, 32, dtype=dtype)
-        t = torch.zeros(4, dtype=torch.int64)
-        ddim_step(x, x, x, x, table, t, t, 0.5, 2, -1.0, 1.0, 2.0)
-        least = x, x, None, None, table, t[0], t[0], 0.0, 0, -float("inf"), float("inf"), 1.0
-        ddim_step_out(*least, prev_sample=x, pred_original_sample=None)
+        m = x.bfloat16() if dtype == torch.float32 else x
+        ddim_step(x, m, table, index, 2, False, -1.0, 1.0, False, m, 2.0, ratio, None, x, None, x, x, x > 0)
+        ddim_step_out(x, x, table[:1], prev_sample=x, pred_original_sample=None)
 
 
 def test_compiles_without_spills_and_with_64_bit_addresses():
     found = builds(launches)
     assert len(found) == 8 * len(ARCHITECTURES)
     for build in found:
-        assert_no_spills(build)
-        assert_wide_addresses(build)
+        check_build(build)
         assert build.shared == 0
-        # These lose a NaN on a GPU, which the interpreter does not show.
-        assert not any(op in build.ttir for op in ("arith.maxnumf", "arith.minnumf"))
-        assert build.registers <= 128  # at least half of the threads that an SM can hold
-        assert ".v4.b32" in build.ptx or ".v2.b64" in build.ptx, "memory is not accessed 16 bytes at a time"
+
+
+def check_build(build):
+    assert_no_spills(build)
+    assert_wide_addresses(build)
+    # These lose a NaN on a GPU, which the interpreter does not show.
+    assert not any(op in build.ttir for op in ("arith.maxnumf", "arith.minnumf"))
+    assert build.registers <= 128  # at least half of the threads that an SM can hold
+    assert ".v4.b32" in build.ptx or ".v2.b64" in build.ptx, "memory is not accessed 16 bytes at a time"
+
+
+def exact_launches():
+    """What promises its bits: steps that are asked to or that draw noise, and the noise itself."""
+    from protofast.backends.triton.ddim import ddim_step
+    from protofast.backends.triton.philox import philox_normal
+
+    table, seed = torch.zeros(4, 6, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+    ratio = torch.ones(4, dtype=torch.float64)
+    for kind, dtype in enumerate((torch.float32, torch.float64, torch.bfloat16)):
+        x = torch.zeros(4, 3, 32, 32, dtype=dtype)
+        end = None, seed, x, x, x > 0
+        ddim_step(x, x, table, None, kind, True, None, None, kind == 2, x, 2.0, ratio, ratio, *end)
+    x = x.float()
+    ddim_step(x, x, table, None, 0, False, None, None, False, None, 1.0, None, None, None, seed)
+    philox_normal(x, seed)
+
+
+def coefficient_launch():
+    from protofast.backends.triton.ddim import ddim_coefficients
+
+    steps = torch.zeros(4, dtype=torch.int64)
+    ddim_coefficients(torch.ones(1001, dtype=torch.float64), steps, steps, 0.5)
+
+
+def test_what_promises_its_bits_is_not_contracted():
+    found = builds(exact_launches)
+    assert len(found) == 5 * len(ARCHITECTURES)
+    for build in found:
+        check_build(build)
+        assert build.shared <= 2048  # the noise, on its way from four a thread to two or eight
+        assert "sqrt" in build.ptx
+    found += builds(coefficient_launch, [90])
+    for build in found:
+        # A plain "mul" or "add" may be contracted by ptxas, "mul.rn" may not. "div.full", "sqrt.approx" are not exact.
+        rounded = set(re.findall(r"\b((?:fma|mul|add|sub|div|sqrt|rcp|rsqrt|ex2|lg2)\.[\w.]*f(?:32|64))\b", build.ptx))
+        assert rounded <= {
+            f"{op}.rn.{dtype}" for op in ("mul", "add", "sub", "div", "sqrt") for dtype in ("f32", "f64")
+        }
 
 
 def small_and_odd():
     """Sizes that specialize differently: 1, and not a multiple of 16."""
     from protofast.backends.triton.ddim import ddim_step
 
-    table = torch.rand(11, dtype=torch.float64)
+    table = torch.zeros(1, 6, dtype=torch.float64)
     for shape in ((1,), (1, 1), (3, 5), (300, 2), (1, 2000)):
         x = torch.zeros(shape)
-        t = torch.zeros(shape[0], dtype=torch.int64)
-        ddim_step(x, x, None, None, table, t, t, 0.0, 0, -1.0, 1.0, 1.0)
+        seed = torch.zeros(2, dtype=torch.int64) if len(shape) > 1 else None
+        ddim_step(x, x, table.expand(shape[0], 6), None, 0, False, -1.0, 1.0, False, *[None, 1.0, *[None] * 3], seed)
 
 
 def test_odd_sizes_compile():
@@ -56,17 +137,250 @@ def test_odd_sizes_compile():
         assert_wide_addresses(build)
 
 
+# What it computes.
+
+SHAPE = 3, 2, 5
+ALPHAS = torch.linspace(1, 0.01, 11, dtype=torch.float64)
+
+OPTIONS = {
+    "rows": ("one", "each", "index", "one index"),
+    "clip": ("no", "both", "low", "high", "threshold"),
+    "clipped_direction": (False, True),
+    "guidance": ("no", "scale", "rescale"),
+    "noise": ("no", "given", "seed"),
+    "known": ("no", "clean", "noised"),
+    "narrow output": (False, True),
+}
+
+
+def arguments(dtype, kind, bitwise, options):
+    """The op's, at random, for a choice from OPTIONS. One value of the sample is NaN, one infinite."""
+
+    def draw(dtype=dtype):
+        return torch.randn(SHAPE, dtype=torch.float64).to(dtype)
+
+    output_dtype = torch.bfloat16 if options["narrow output"] and dtype == torch.float32 else dtype
+    t = torch.randint(1, 10, (1 if options["rows"] == "one" else 3,))
+    coefficients = "ddim_eager_coefficients" if bitwise else "ddim_coefficients"
+    step = {
+        "sample": draw(),
+        "model_output": draw(output_dtype),
+        "table": on("reference", coefficients, ALPHAS, t, t - 1, 0.7),
+        "prediction_type": KINDS.index(kind),
+        "bitwise": bitwise,
+        "clipped_direction": options["clipped_direction"],
+    }
+    step["sample"][0, 0, :2] = torch.tensor([torch.nan, torch.inf])
+    if "index" in options["rows"]:
+        step["row"] = torch.tensor([2, 0, 7]) if options["rows"] == "index" else torch.tensor(1, dtype=torch.int32)
+    if options["clip"] == "threshold":
+        step["threshold"] = 1 + torch.rand(3, dtype=torch.float64)
+    if options["clip"] in ("both", "low"):
+        step["clip_min"] = -0.6
+    if options["clip"] in ("both", "high"):
+        step["clip_max"] = 0.9
+    if options["guidance"] != "no":
+        step |= {"cond_output": draw(output_dtype), "guidance_scale": 2.7}
+    if options["guidance"] == "rescale":
+        step["rescale"] = torch.rand(3, dtype=torch.float64)
+    if options["noise"] == "given":
+        step["noise"] = draw()
+    if options["noise"] == "seed":
+        step["seed"] = torch.tensor([2**62 + 12345, 2**32 - 2])  # the second word of the counter changes on the way
+    if options["known"] != "no":
+        step |= {"known": draw()[:1].expand(SHAPE), "mask": (torch.rand(3, 1, 5) > 0.5).expand(SHAPE)}
+    if options["known"] == "noised":
+        step["known_noise"] = draw()
+    return step
+
+
+def choices(count):
+    generator = random.Random(0)
+    for _ in range(count):
+        yield {name: generator.choice(values) for name, values in OPTIONS.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_bitwise_has_the_bits_of_eager_torch(kind, dtype):
+    if dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("Triton's interpreter cuts off bfloat16 where a GPU rounds")
+    for options in choices(30):
+        step = arguments(dtype, kind, True, options)
+        for ours, eager in zip(on("triton", "ddim_step", **step), on("reference", "ddim_step", **step), strict=True):
+            assert torch.equal(bits(ours), bits(eager)), options
+
+
+def magnitudes(step):
+    """Sums of the magnitudes of what is added up, for both results."""
+    from protofast._ops.ddim import columns
+
+    signal, spread, p, q, sigma, keep = map(exact, columns(step["table"], step.get("row"), 3))
+    x, m = abs(exact(step["sample"])), abs(exact(step["model_output"]))
+    if "cond_output" in step:
+        m = m + step["guidance_scale"] * (m + abs(exact(step["cond_output"])))
+    if "rescale" in step:
+        m = m * exact(step["rescale"])[:, None, None]
+    kind = step["prediction_type"]
+    x0 = [(x + spread * m) / signal, m, signal * x + spread * m][kind]
+    e = [m, (x + signal * m) / spread, signal * m + spread * x][kind]
+    if "clip_min" in step or "clip_max" in step:
+        x0 = np.maximum(x0, 0.9)
+    if "threshold" in step:
+        x0 = np.maximum(x0 / exact(step["threshold"])[:, None, None], 1)
+    if step["clipped_direction"]:
+        e = (x + signal * x0) / spread
+    prev = p * x0 + q * e
+    if "noise" in step:
+        prev = prev + sigma * abs(exact(step["noise"]))
+    if "known" in step:
+        kept = abs(exact(step["known"]))
+        if "known_noise" in step:
+            kept = p * kept + keep * abs(exact(step["known_noise"]))
+        prev = np.where(step["mask"].numpy(), prev, kept)
+    return prev, x0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_fast_is_near_the_direct_form(kind, dtype):
+    interpreted = DEVICE == "cpu" and dtype == torch.bfloat16  # cut off where a GPU rounds
+    for options in choices(30):
+        if interpreted and options["noise"] == "seed":
+            continue
+        step = arguments(dtype, kind, False, options)
+        step["sample"] = step["sample"].nan_to_num(0, 0)
+        found = on("triton", "ddim_step", **step)
+        if "seed" in step:
+            step["noise"] = on("reference", "philox_normal", step["sample"], step.pop("seed"))
+        wide = {key: t.double() if torch.is_tensor(t) and t.is_floating_point() else t for key, t in step.items()}
+        expected = on("reference", "ddim_step", **wide)
+        for actual, value, terms in zip(found, expected, magnitudes(step), strict=True):
+            # The longest path: scale, v − u, times, plus, factor, times, b, times, plus, s, over s, w, times, plus,
+            # plus; and as many again for the float64 of the reference.
+            roundings = 30 if dtype == torch.float64 else 15
+            assert_within(actual, exact(value), terms, roundings, store=2 if interpreted else 1)
+
+
+def test_sample_prediction_is_the_predicted_image_itself():
+    x, m = torch.full(SHAPE, torch.inf), torch.randn(SHAPE)
+    table = on("reference", "ddim_coefficients", ALPHAS, torch.tensor(5), torch.tensor(4), 0.0)
+    assert torch.equal(on("triton", "ddim_step", x, m, table, None, KINDS.index("sample"))[1], m)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_coefficients_round_every_operation(eta):
+    """In numpy, whose square root is correctly rounded; torch's is not everywhere."""
+    t, s = torch.randint(-1, 10, (2, 300))
+    t[:4], s[2:6] = torch.tensor([-2, 10, 2**62, -(2**63)]), torch.tensor([-(2**63), 2**62, 10, -2])
+    alphas = torch.rand(11, dtype=torch.float64).sort(descending=True).values
+    alphas[0], alphas[-1] = 1, 0
+
+    def expected(t, s):
+        known = np.append(alphas.numpy(), np.nan)
+        now, prev = (known[np.where((step >= -1) & (step < 10), step + 1, -1)] for step in (t.numpy(), s.numpy()))
+        with np.errstate(all="ignore"):
+            added = (prev - now) / (prev * (1 - now))
+            kept = now * (1 - prev) / (prev * (1 - now))
+            rest = (1 - prev) * ((1 - eta) * (1 + eta) + eta * eta * np.where(kept > 1, 1, kept))
+            sigma = eta * np.sqrt((1 - prev) * np.where(added < 0, 0, added))
+            if eta == 0:
+                rest, sigma = 1 - prev, np.zeros_like(now)
+            values = np.sqrt(now), np.sqrt(1 - now), np.sqrt(prev), np.sqrt(rest), sigma, np.sqrt(1 - prev)
+        return torch.from_numpy(np.stack(np.broadcast_arrays(*values), -1))
+
+    for now, prev in ((t, s), (t[:0], s[:0]), (t[::7], s[::7]), (t[9], s), (t, s[9]), (t[9], s[9]), (t[9], s[:0])):
+        found = on("triton", "ddim_coefficients", alphas, now, prev, eta)
+        wanted = expected(*torch.broadcast_tensors(now.reshape(-1), prev.reshape(-1)))
+        assert torch.equal(bits(found), bits(wanted))
+
+
+def test_counters_have_64_bits():
+    """Blocks and samples beyond 2³², which no tensor here could hold."""
+    global tl, normal  # where a kernel looks for names
+    import triton
+    import triton.language as tl
+
+    from protofast.backends.reference.philox import box_muller, philox
+    from protofast.backends.triton.philox import normal
+
+    @triton.jit
+    def kernel(out, seed, sample, block):
+        row, col = tl.arange(0, 4), tl.arange(0, 16)
+        sample, block = tl.cast(sample, tl.int64), tl.cast(block, tl.int64)
+        z = normal(seed, (sample + row)[:, None], (block + tl.arange(0, 4))[None, :])
+        tl.store(out + (row * 16)[:, None] + col[None, :], z)
+
+    def words(values):  # low, high
+        return tuple(torch.tensor([[v >> shift & 0xFFFFFFFF for v in row] for row in values]) for shift in (0, 32))
+
+    for key, offset, sample, block in (
+        (2**63 - 1, 0, 0, 2**32 - 2),
+        (2**32, 2**32 - 2, 0, 0),
+        (5, 2**62, 2**40, 2**61 - 4),
+        (-7, -2, 0, 2**31 - 2),
+    ):
+        out, seed = torch.empty(4, 16, device=DEVICE), torch.tensor([key, offset], device=DEVICE)
+        kernel[(1,)](out, seed, sample, block, enable_fp_fusion=False)
+        counter = [[block + i for i in range(4)]] * 4, [[offset + sample + n] * 4 for n in range(4)]
+        drawn = philox((*words(counter[0]), *words(counter[1])), words([[key]]))
+        expected = torch.stack([*box_muller(*drawn[:2]), *box_muller(*drawn[2:])], -1).flatten(1)
+        assert torch.equal(bits(out.cpu()), bits(expected))
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5, 6), (2, 3), (5, 1), (7,), (2, 2061), (300, 3)], ids=str)
+def test_noise_is_the_same_in_every_layout(shape):
+    values = torch.randn(shape)
+    seed = torch.tensor([3, 4, 5])[::2]
+    table = on("reference", "ddim_coefficients", ALPHAS, torch.tensor(5), torch.tensor(4), 0.7)
+    noise = on("reference", "philox_normal", values, seed)
+    expected = on("reference", "ddim_step", values, values, table, bitwise=True, noise=noise)
+    for name, x in layouts(values):
+        x = x.to(DEVICE)
+        drawn = kernel_of("philox_normal")(x, seed.to(DEVICE))
+        assert drawn.stride() == torch.empty_like(x).stride()
+        assert torch.equal(drawn.cpu(), noise), name
+        for ours, eager in zip(
+            on("triton", "ddim_step", x, values, table, bitwise=True, seed=seed), expected, strict=True
+        ):
+            assert torch.equal(bits(ours.contiguous()), bits(eager)), name
+
+
+def test_an_output_may_be_any_input():
+    x, m, cond, z, known, more, mask = torch.randn(7, 64, 64, device=DEVICE)  # several tiles
+    table = on("reference", "ddim_coefficients", ALPHAS, torch.tensor(5), torch.tensor(4), 0.7).to(DEVICE)
+    inputs = {"sample": x, "model_output": m, "cond_output": cond, "noise": z, "known": known, "known_noise": more}
+    rest = {"table": table, "guidance_scale": 2.0, "mask": mask > 0}
+    expected = kernel_of("ddim_step")(**inputs, **rest)
+    step = kernel_of("ddim_step_out")
+    for name, tensor in inputs.items():
+        for view in (lambda t: t, lambda t: t.T):
+            given = {**inputs, name: tensor.clone()}
+            other = torch.empty_like(x)
+            step(**given, **rest, prev_sample=other, pred_original_sample=view(given[name]))
+            assert torch.equal(view(given[name]), expected[1])
+            assert torch.equal(other, expected[0])
+            given = {**inputs, name: tensor.clone()}
+            step(**given, **rest, prev_sample=view(given[name]), pred_original_sample=None)
+            assert torch.equal(view(given[name]), expected[0])
+
+
+# Where it runs.
+
+
 def runs_where():
     from protofast._backend import why_not
 
-    return [why_not("ddim_step", device, "triton") for device in ("cpu", "cuda")]
+    ops = "ddim_step", "ddim_step_out", "ddim_coefficients", "philox_normal"
+    return [[why_not(op, device, "triton") for op in ops] for device in ("cpu", "cuda")]
 
 
 def test_runs_on_the_cpu_only_when_interpreted():
     cpu, cuda = run_fresh(runs_where, TRITON_INTERPRET=None)
-    assert cpu.startswith("backend 'triton' runs ddim_step on cuda only, not on cpu; use backend=")
-    assert cuda is None
-    assert run_fresh(runs_where, TRITON_INTERPRET="1") == [None, None]
+    assert cpu[0].startswith("backend 'triton' runs ddim_step on cuda only, not on cpu; use backend=")
+    assert all(cpu)
+    assert cuda == [None] * 4
+    assert run_fresh(runs_where, TRITON_INTERPRET="1") == [[None] * 4] * 2
 
 
 def import_without_triton():

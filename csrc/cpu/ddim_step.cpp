@@ -3,7 +3,10 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "../ddim_op.h"
 #include "isa.h"
@@ -18,16 +21,21 @@ namespace {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-// Where one run of elements starts in each tensor.
-template <class T>
+// Where one run of elements starts in each tensor. S is the sample's dtype, M the prediction's.
+template <class S, class M>
 struct DdimRun {
-  const T *sample, *output, *cond, *noise;
-  T *prev, *x0;
+  const S *sample, *noise, *known, *known_noise;
+  const M *output, *cond;
+  const uint8_t* mask;
+  S *prev, *x0;
+  int64_t element;  // of the batch entry
 
   void advance(int64_t count) {
-    sample += count, output += count, prev += count;
+    sample += count, output += count, prev += count, element += count;
     if (cond) cond += count;
     if (noise) noise += count;
+    if (known) known += count, mask += count;
+    if (known_noise) known_noise += count;
     if (x0) x0 += count;
   }
 };
@@ -36,6 +44,8 @@ struct DdimRun {
 #define VECTOR_BYTES 16
 namespace plain {
 #include "vector.h"
+//
+#include "philox.h"
 //
 #include "ddim_loop.h"
 }  // namespace plain
@@ -53,6 +63,8 @@ namespace plain {
 namespace avx2 {
 #include "vector.h"
 //
+#include "philox.h"
+//
 #include "ddim_loop.h"
 }  // namespace avx2
 #undef VECTOR_BYTES
@@ -69,6 +81,8 @@ namespace avx2 {
 namespace avx512 {
 #include "vector.h"
 //
+#include "philox.h"
+//
 #include "ddim_loop.h"
 }  // namespace avx512
 #undef VECTOR_BYTES
@@ -80,14 +94,12 @@ namespace avx512 {
 
 #endif  // __x86_64__
 
-template <class T>
-auto best_loop() {
 #ifdef __x86_64__
-  if (cpu_isa() == Isa::avx512) return &avx512::ddim_run<T>;
-  if (cpu_isa() == Isa::avx2) return &avx2::ddim_run<T>;
+#define BEST(...) \
+  (cpu_isa() == Isa::avx512 ? &avx512::__VA_ARGS__ : cpu_isa() == Isa::avx2 ? &avx2::__VA_ARGS__ : &plain::__VA_ARGS__)
+#else
+#define BEST(...) (&plain::__VA_ARGS__)
 #endif
-  return &plain::ddim_run<T>;
-}
 
 // Non-temporal stores save the read of the line that is to be overwritten, but push the result out of the cache. They
 // pay where it would not stay there anyway, and not where the output is an input, whose lines have been read.
@@ -95,7 +107,7 @@ bool should_stream(const DdimArgs& args, size_t element) {
   // Fixed: what sysconf reports may be the cache of the whole socket, of which a virtual machine has a part.
   constexpr int64_t CACHE = int64_t{32} << 20;
   int64_t tensors = 0;
-  for (const Operand& in : {args.sample, args.output, args.cond, args.noise}) {
+  for (const Operand& in : {args.sample, args.output, args.cond, args.noise, args.known, args.known_noise}) {
     tensors += in.data != nullptr;
     if (in.data != nullptr && (in.data == args.prev.data || in.data == args.x0.data)) return false;
   }
@@ -103,43 +115,81 @@ bool should_stream(const DdimArgs& args, size_t element) {
   return args.batch * args.inner * static_cast<int64_t>(element) * tensors > CACHE;
 }
 
-template <class T>
-void ddim_step_typed(const DdimArgs& args) {
-  const auto loop = best_loop<T>();
-  const bool stream = should_stream(args, sizeof(T));
-  constexpr int64_t GRAIN = 32768;  // torch's own for pointwise ops
-  torch::stable::parallel_for(0, args.batch * args.inner, GRAIN, [&](int64_t begin, int64_t end) {
-    while (begin < end) {
-      const int64_t entry = begin / args.inner, offset = begin % args.inner;
-      const int64_t count = std::min(end - begin, args.inner - offset);
-      const auto at = [&](const Operand& operand) {
-        return operand.data ? static_cast<T*>(operand.data) + entry * operand.stride + offset : nullptr;
-      };
-      loop(args, entry, {at(args.sample), at(args.output), at(args.cond), at(args.noise), at(args.prev), at(args.x0)},
-           count, stream);
-      begin += count;
+// Calls run(entry, first, count) for runs of each entry that begin at multiples of RUN.
+template <class Run>
+void for_each_run(int64_t batch, int64_t inner, const Run& run) {
+  constexpr int64_t RUN = 32768;  // elements; torch's own grain for pointwise ops
+  const int64_t runs = (inner + RUN - 1) / RUN;
+  torch::stable::parallel_for(0, batch * runs, std::max<int64_t>(1, RUN / inner), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i % runs * RUN;
+      run(i / runs, first, std::min(RUN, inner - first));
     }
   });
 }
 
-void launch(const DdimArgs& args) {
+template <class S, class M>
+void step_typed(const DdimArgs& args) {
+  const auto loop = BEST(ddim_run<S, M>);
+  const bool stream = should_stream(args, sizeof(S));
+  for_each_run(args.batch, args.inner, [&](int64_t entry, int64_t first, int64_t count) {
+    const auto at = [&]<class T>(const Operand& operand, T*& to) {
+      if (operand.data) to = static_cast<T*>(operand.data) + entry * operand.stride + first;
+    };
+    DdimRun<S, M> run{};
+    at(args.sample, run.sample), at(args.output, run.output), at(args.cond, run.cond), at(args.noise, run.noise);
+    at(args.known, run.known), at(args.known_noise, run.known_noise), at(args.mask, run.mask);
+    at(args.prev, run.prev), at(args.x0, run.x0);
+    run.element = first;
+    loop(args, entry, run, count, stream);
+  });
+}
+
+void step(const DdimArgs& args) {
   switch (args.dtype) {
     case Dtype::f32:
-      return ddim_step_typed<float>(args);
+      if (args.output_dtype == Dtype::bf16) return step_typed<float, BFloat16>(args);
+      if (args.output_dtype == Dtype::f16) return step_typed<float, Half>(args);
+      return step_typed<float, float>(args);
     case Dtype::f64:
-      return ddim_step_typed<double>(args);
+      return step_typed<double, double>(args);
     case Dtype::bf16:
-      return ddim_step_typed<BFloat16>(args);
+      return step_typed<BFloat16, BFloat16>(args);
     case Dtype::f16:
-      return ddim_step_typed<Half>(args);
+      return step_typed<Half, Half>(args);
   }
 }
 
+void coefficients(const CoefficientArgs& args) {
+  for (int64_t i = 0; i < args.count; ++i) ddim_coefficients(args, i);
+}
+
+template <class T>
+void normal_typed(const NormalArgs& args) {
+  const auto fill = BEST(normal_run<T>);
+  for_each_run(args.batch, args.inner, [&](int64_t entry, int64_t first, int64_t count) {
+    fill(args.seed[0], args.seed[1] + static_cast<uint64_t>(entry), first,
+         static_cast<T*>(args.out) + entry * args.inner + first, count);
+  });
+}
+
+void normal(const NormalArgs& args) {
+  switch (args.dtype) {
+    case Dtype::f32:
+      return normal_typed<float>(args);
+    case Dtype::f64:
+      return normal_typed<double>(args);
+    case Dtype::bf16:
+      return normal_typed<BFloat16>(args);
+    case Dtype::f16:
+      return normal_typed<Half>(args);
+  }
+}
+
+constexpr Kernels KERNELS{&step, &coefficients, &normal};
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(protofast, CPU, m) {
-  m.impl("ddim_step.native", TORCH_BOX(&ddim_step<&launch>));
-  m.impl("ddim_step_out.native", TORCH_BOX(&ddim_step_out<&launch>));
-}
+STABLE_TORCH_LIBRARY_IMPL(protofast, CPU, m) { register_ddim<KERNELS>(m); }
 
 }  // namespace protofast

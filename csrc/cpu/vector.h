@@ -39,6 +39,75 @@ INLINE void store_bits(void* to, V value, bool stream) {
   std::memcpy(to, &value, sizeof(V));
 }
 
+// a·b + c, rounded once where the instruction set can.
+template <class V>
+INLINE V fma(V a, V b, V c) {
+  using T [[maybe_unused]] = std::remove_reference_t<decltype(a[0])>;
+#if VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<T, float>)
+    return bits<V>(_mm512_fmadd_ps(bits<__m512>(a), bits<__m512>(b), bits<__m512>(c)));
+  if constexpr (std::is_same_v<T, double>)
+    return bits<V>(_mm512_fmadd_pd(bits<__m512d>(a), bits<__m512d>(b), bits<__m512d>(c)));
+#elif VECTOR_BYTES == 32
+  if constexpr (std::is_same_v<T, float>)
+    return bits<V>(_mm256_fmadd_ps(bits<__m256>(a), bits<__m256>(b), bits<__m256>(c)));
+  if constexpr (std::is_same_v<T, double>)
+    return bits<V>(_mm256_fmadd_pd(bits<__m256d>(a), bits<__m256d>(b), bits<__m256d>(c)));
+#endif
+  return a * b + c;
+}
+
+// All lanes the same; negative zero becomes zero.
+template <class V, class T>
+INLINE V splat(T value) {
+  return V{} + value;
+}
+
+// Lanes of a and b in turn: of their lower halves, or of their upper.
+template <int half, class V, size_t... I>
+INLINE V zip(V a, V b, std::index_sequence<I...>) {
+  constexpr size_t L = sizeof...(I);
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, (I % 2 * L + half * L / 2 + I / 2)...);
+#else
+  return __builtin_shuffle(a, b, typename VectorOf<int32_t, sizeof(V)>::type{(I % 2 * L + half * L / 2 + I / 2)...});
+#endif
+}
+
+// The high words of products of 32-bit words.
+template <class Word>
+INLINE Word multiply_high(Word a, uint32_t by) {
+#if VECTOR_BYTES == 64
+  if constexpr (sizeof(Word) == 64) {
+    const __m512i x = bits<__m512i>(a), factor = _mm512_set1_epi32(by);
+    const __m512i even = _mm512_mul_epu32(x, factor), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), factor);
+    return bits<Word>(_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd));
+  }
+#endif
+#if VECTOR_BYTES >= 32
+  if constexpr (sizeof(Word) == 32) {
+    const __m256i x = bits<__m256i>(a), factor = _mm256_set1_epi32(by);
+    const __m256i even = _mm256_mul_epu32(x, factor), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), factor);
+    return bits<Word>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa));
+  }
+#endif
+  using Long = typename VectorOf<uint64_t, 2 * sizeof(Word)>::type;
+  return __builtin_convertvector((__builtin_convertvector(a, Long) * by) >> 32, Word);
+}
+
+template <class V>
+INLINE V square_root(V value) {
+#if VECTOR_BYTES == 64
+  if constexpr (sizeof(V) == 64) return bits<V>(_mm512_sqrt_ps(bits<__m512>(value)));
+#endif
+#if VECTOR_BYTES >= 32
+  if constexpr (sizeof(V) == 32) return bits<V>(_mm256_sqrt_ps(bits<__m256>(value)));
+#endif
+  V root{};
+  for (size_t i = 0; i < sizeof(V) / sizeof(float); ++i) root[i] = std::sqrt(value[i]);
+  return root;
+}
+
 // How a storage type T is loaded into, and stored from, vectors of Compute.
 template <class T>
 struct Memory {

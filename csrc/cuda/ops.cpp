@@ -11,20 +11,21 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace protofast {
 namespace {
 
-void launch(const DdimArgs& args) {
+template <class Args, const char* (*queue)(const Args&, void*)>
+void launch(const Args& args) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
   const torch::stable::accelerator::DeviceGuard guard(args.device);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(args.device, &stream));
-  const char* problem = ddim_step_cuda(args, stream);
-  STD_TORCH_CHECK(problem == nullptr, "ddim_step on CUDA: ", problem);
+  const char* problem = queue(args, stream);
+  STD_TORCH_CHECK(problem == nullptr, "a DDIM kernel on CUDA: ", problem);
 }
+
+constexpr Kernels KERNELS{&launch<DdimArgs, &ddim_step_cuda>, &launch<CoefficientArgs, &ddim_coefficients_cuda>,
+                          &launch<NormalArgs, &philox_normal_cuda>};
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(protofast, CUDA, m) {
-  m.impl("ddim_step.native", TORCH_BOX(&ddim_step<&launch>));
-  m.impl("ddim_step_out.native", TORCH_BOX(&ddim_step_out<&launch>));
-}
+STABLE_TORCH_LIBRARY_IMPL(protofast, CUDA, m) { register_ddim<KERNELS>(m); }
 
 }  // namespace protofast

@@ -2,7 +2,8 @@
 
 An op ``name`` has one overload per backend, ``torch.ops.protofast.name.reference`` and so on. All share the
 schema, fake kernel and gradient given here; a backend only registers kernels with `implement`. Choosing a
-backend is choosing an overload, so it costs no second dispatch and shows in a traced graph.
+backend is choosing an overload, so it costs no second dispatch and shows in a traced graph. An op with a gradient has
+each of them twice: ``reference_nograd`` passes autograd by, whose layer takes longer than a small kernel.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,6 +21,8 @@ KERNELS: dict[str, dict[str, set[str]]] = {}
 
 BUILD = "pip install --no-build-isolation --no-deps --force-reinstall ."
 """Builds the compiled backend, in a checkout."""
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 UNAVAILABLE: dict[str, str] = {}
 """backend -> why it could not be loaded, and the cure. Filled while the backends are imported."""
@@ -43,12 +46,17 @@ def define(
         if backward is not None:
             DIFFERENTIABLE.add(name)
             torch.library.register_autograd(qualname, backward, setup_context=setup_context)
+            torch.library.define(f"{qualname}_nograd", schema)
+            torch.library.register_fake(f"{qualname}_nograd", fake)
+            _library.impl(f"{name}.{backend}_nograd", torch.library.fallthrough_kernel, "Autograd")
 
 
 def implement(name: str, backend: str, devices: Iterable[str], kernel: Callable[..., Any]) -> None:
     """Registers `kernel` of a Python backend for op `name` on `devices` ("cpu", "cuda" or "default")."""
     for device in devices:
         torch.library.impl(f"{NAMESPACE}::{name}.{backend}", device, kernel)
+        if name in DIFFERENTIABLE:
+            torch.library.impl(f"{NAMESPACE}::{name}.{backend}_nograd", device, kernel)
     implemented(name, backend, devices)
 
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from .. import __version__
+from .._progress import bars
 from . import discovery as discover
 from . import groups as grouping
 from . import thresholds as limits
 from .adapters import Adapter, as_adapter, require
 from .anchors import open_anchors
 from .criteria import Criterion, resolve
-from .progress import bars
 from .result import GROUPS, Report
 from .run import Run
 from .store import Store

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._progress import Progress
 from . import discovery as discover
 from . import thresholds as limits
 from .adapters import Adapter, require
 from .anchors import Anchors, read, warn_of_range
 from .criteria import CriteriaError, Criterion
 from .noise import GENERATION, REPEAT, Noise
-from .progress import Progress
 from .result import GROUPS, Representatives, Threshold
 from .store import Store
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._files import replacing
-from .._optional import need
+from .. import _weights
 
 BATCH = 50
 PAPER_IMAGES = 4000
@@ -159,22 +155,13 @@ def train_vae(
         torch.manual_seed(seed)
         model = VAE(images.shape[1:], latent)
 
-    path = None
-    if cache is not False:
-        settings = {
-            "shape": model.shape,
-            "latent": model.latent,
-            "hidden": model.hidden,
-            "epochs": epochs,
-            "seed": seed,
-        }
-        key = hashlib.sha256(json.dumps([_FORMAT, settings]).encode() + images.numpy().tobytes()).hexdigest()
-        path = (_cache_folder() if cache is True else Path(cache)) / f"vae-{key[:32]}.safetensors"
-        if path.exists():
-            try:
-                return load_vae(path)
-            except (OSError, ValueError):
-                pass  # damaged: train again and replace it
+    settings = {"shape": model.shape, "latent": model.latent, "hidden": model.hidden, "epochs": epochs, "seed": seed}
+    path = _weights.place(cache, "vae", [_FORMAT, settings], images)
+    if path is not None and path.exists():
+        try:
+            return load_vae(path)
+        except (OSError, ValueError):
+            pass  # damaged: train again and replace it
 
     with _one_thread():
         _train(model, images, epochs, generator, progress)
@@ -218,13 +205,8 @@ def _one_thread() -> Iterator[None]:
 
 def save_vae(model: VAE, path: str | os.PathLike[str]) -> None:
     """Writes a VAE as safetensors, whole or not at all, with its sizes and a checksum."""
-    save = _safetensors().torch.save
-    path = Path(path)
-    state = {name: value.contiguous() for name, value in model.state_dict().items()}
     sizes = {"shape": model.shape, "latent": model.latent, "hidden": model.hidden}
-    data = save(state, {"format": _FORMAT, "sizes": json.dumps(sizes), "sha256": _checksum(state)})
-    with replacing(path) as file:
-        file.write(data)
+    _weights.write(path, _FORMAT, model.state_dict(), {"sizes": json.dumps(sizes)})
 
 
 def load_vae(path: str | os.PathLike[str]) -> VAE:
@@ -236,35 +218,8 @@ def load_vae(path: str | os.PathLike[str]) -> VAE:
     ValueError
         When the file is damaged or holds something else.
     """
-    library = _safetensors()
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; give a .safetensors file that protofast wrote")
-    try:
-        with library.safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 — not a dict
-    except library.SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file ({error}); give one that protofast wrote") from None
-    if about.get("format") != _FORMAT:
-        raise ValueError(f"{path} holds no protofast VAE; load other models by --model module:function")
-    if about.get("sha256") != _checksum(state):
-        raise ValueError(f"{path} is damaged (its checksum does not match); delete it and train again")
+    wrong = "holds no protofast VAE; load other models by --model module:function"
+    state, about = _weights.read(path, _FORMAT, wrong=wrong)
     model = VAE(**json.loads(about["sizes"]))
     model.load_state_dict(state)
     return model.eval().requires_grad_(False)
-
-
-def _checksum(state: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(name.encode() + state[name].numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _cache_folder() -> Path:
-    return Path(need("pooch", "data").os_cache("protofast")) / "models"
-
-
-def _safetensors() -> Any:
-    need("safetensors.torch", "data")
-    return need("safetensors", "data")

@@ -8,7 +8,7 @@ from typing import Any
 
 from protofast import _ops
 
-_KERNELS = {"ddim": ("ddim_step", "ddim_step_out")}
+_KERNELS = {"ddim": ("ddim_coefficients", "ddim_step", "ddim_step_out"), "philox": ("philox_normal",)}
 """module of this package -> the ops it implements, by functions of the same names."""
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")

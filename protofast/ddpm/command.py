@@ -1,0 +1,208 @@
+"""The command ``protofast ddim``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Option = typer.Option
+
+FORMAT = "protofast-ddim-1"
+COLUMNS = 14
+"""Images of a row of a picture."""
+
+
+def ddim(
+    data: Annotated[
+        str,
+        Option(
+            help="What to learn: `fashion-mnist`, `digits`, `mnist`, a folder of images, or a .npy or .safetensors."
+        ),
+    ] = "fashion-mnist",
+    steps: Annotated[str, Option(help="Numbers of DDIM steps to compare, comma-separated.")] = "10,20,50",
+    updates: Annotated[int, Option(min=1, help="Batches of 64 to train on.")] = 1200,
+    width: Annotated[int, Option(min=8, help="Channels of the first resolution, a multiple of 8.")] = 32,
+    lr: Annotated[float, Option(help="Highest learning rate.")] = 2e-3,
+    samples: Annotated[int, Option(min=1, help="Images sampled, for each number of steps.")] = 500,
+    inverted: Annotated[int, Option(min=1, help="Held-out images inverted and sampled again.")] = 64,
+    fixed_point: Annotated[int, Option(min=1, help="Iterations a step of the second, more exact inversion.")] = 10,
+    root: Annotated[Path | None, Option(help="Folder of the files of `fashion-mnist` or `mnist`.")] = None,
+    image_size: Annotated[int | None, Option(min=4, help="Side to which the images of a folder are resized.")] = None,
+    seed: Annotated[int, Option(min=0, help="Seed of all that is random.")] = 0,
+    out: Annotated[Path | None, Option(help="Folder of the results; by default runs/ddim-DATA.")] = None,
+    progress: Annotated[bool, Option(help="Show progress bars.")] = True,
+) -> None:
+    """Train a small diffusion model on real images, sample it by DDIM, and send held-out images there and back.
+
+    The model is diffusers' `UNet2DModel`. Its weights are cached: the same command again only samples, and one that was
+    killed in training goes on where it was. Images have sides that are multiples of 4.
+
+    OUT gets `grid.png` (held-out images, and samples from one noise by each number of steps), `invert.png` (held-out
+    images, and what inversion and sampling return, plain and by fixed point) and `result.json` (all numbers).
+
+    **Examples**
+
+    `protofast ddim` (Fashion-MNIST)
+
+    `protofast ddim --data digits --updates 500 --width 16 --steps 5,10 --out runs/digits`
+    """
+    counts = _counts(steps)
+    folder = out or Path("runs") / f"ddim-{Path(data).stem}"
+    _check(folder)
+    import platform
+    from contextlib import suppress
+
+    import torch
+
+    from .. import __version__
+    from .._optional import need
+    from .._progress import bars
+    from .check import evaluate
+    from .training import train
+
+    versions = {"protofast": __version__, "torch": torch.__version__}
+    versions |= {"diffusers": need("diffusers", "diffusers").__version__, "python": platform.python_version()}
+    images, held_out = _load(data, root, image_size, seed)
+    with bars(progress) as start:
+        advance, at = start(f"training on {len(images):,} images", updates, 0), 0
+
+        def trained(done: int, total: int) -> None:
+            nonlocal at
+            advance(done - at)
+            at = done
+
+        model = train(images, width=width, updates=updates, lr=lr, seed=seed, progress=trained)
+        trained(updates, updates)  # weights from the cache make no steps
+        numbers, pictures = evaluate(
+            *(model, images, held_out, counts),
+            samples=samples,
+            inverted=inverted,
+            fixed_point=fixed_point,
+            seed=seed,
+            progress=lambda description, total: start(description, total, 0),
+        )
+    result = {
+        "format": FORMAT,
+        "versions": versions,
+        "settings": {
+            "data": data,
+            "images": len(images),
+            "held_out": len(held_out),
+            "updates": updates,
+            "width": width,
+            "lr": lr,
+            "samples": samples,
+            "inverted": inverted,
+            "fixed_point": fixed_point,
+            "seed": seed,
+        },
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "losses": model.losses,
+        **numbers,
+    }
+    grid = [("held out", pictures["held_out"])]
+    grid += [(f"{count} steps", made) for count, made in pictures["samples"].items()]
+    there = [("held out", pictures["inverted"])]
+    for count, rebuilt in pictures["inversion"].items():
+        there += [(f"{count}, {name}", made) for name, made in zip(("plain", "fixed"), rebuilt, strict=True)]
+    files = {"grid.png": _sheet(grid, rows=2), "invert.png": _sheet(there, rows=1)}
+    files["result.json"] = json.dumps(result, indent=1).encode()  # last: with it the folder is complete
+    with suppress(FileNotFoundError):
+        (folder / "result.json").unlink()
+    from .._files import replacing
+
+    for name, content in files.items():
+        with replacing(folder / name) as file:
+            file.write(content)
+    _tell(numbers, folder)
+
+
+def _counts(steps: str) -> list[int]:
+    try:
+        counts = [int(word) for word in steps.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{steps!r} is no list such as 10,20,50", param_hint="--steps") from None
+    if not all(1 <= count <= 1000 for count in counts) or len({*counts}) < len(counts):
+        raise typer.BadParameter(f"{steps!r}: give different numbers from 1 to 1000", param_hint="--steps")
+    return counts
+
+
+def _check(folder: Path) -> None:
+    """Fails now where the results could not be written after all the work."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is a file; give a folder for the results")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{there} cannot be written to; give another folder for the results")
+    result = folder / "result.json"
+    if result.exists() and FORMAT not in result.read_text(errors="replace"):
+        raise FileExistsError(f"{result} is of another command; give another folder for the results")
+
+
+def _load(data: str, root: Path | None, image_size: int | None, seed: int) -> tuple[Tensor, Tensor]:
+    """Images to learn, and held-out ones: the test part or, of data without parts, a tenth drawn by the seed."""
+    import torch
+
+    from .. import data as sources
+
+    try:
+        parts = [sources.load(data, split=split, root=root) for split in ("train", "test")]
+    except ValueError:  # it does not come in parts; or something else, which comes up again
+        whole = sources.load(data, root=root, image_size=image_size)
+        order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
+        if len(whole) < 10:
+            raise ValueError(f"{data} has {len(whole)} images; give at least 10") from None
+        tenth = len(whole) // 10
+        parts = [whole.subset(order[tenth:].sort().values), whole.subset(order[:tenth].sort().values)]
+    images, held_out = (part.take(slice(None)) for part in parts)
+    return images, held_out
+
+
+def _sheet(groups: Sequence[tuple[str, Tensor]], rows: int) -> bytes:
+    """A PNG file: for each name `rows` rows of images (n, C, H, W) in [0, 1]."""
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    height, width = groups[0][1].shape[-2:]
+    scale = max(1, round(56 / max(height, width)))
+    tall, wide, margin = height * scale, width * scale, 96
+    canvas = Image.new("RGB", (margin + COLUMNS * wide, len(groups) * (rows * tall + 6)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for number, (name, images) in enumerate(groups):
+        top = number * (rows * tall + 6)
+        draw.text((4, top + tall // 2 - 6), name, fill="black")
+        for place, image in enumerate((images[: rows * COLUMNS] * 255).round().byte().numpy()):
+            pixels = image[0] if len(image) < 3 else np.moveaxis(image[:3], 0, -1)
+            tile = Image.fromarray(pixels).resize((wide, tall), Image.Resampling.NEAREST)
+            canvas.paste(tile, (margin + place % COLUMNS * wide, top + place // COLUMNS * tall))
+    file = BytesIO()
+    grey = all(images.shape[1] < 3 for _, images in groups)
+    (canvas.convert("L") if grey else canvas).save(file, format="PNG", optimize=True)
+    return file.getvalue()
+
+
+def _tell(numbers: dict[str, Any], folder: Path) -> None:
+    real = numbers["held_out"]
+    typer.echo("")
+    typer.echo(
+        f"{'':>10}  {'mean':>6}  {'std':>6}  {'1-NN':>6}   there and back, rmse: {'plain':>8}  {'fixed point':>11}"
+    )
+    typer.echo(f"{'held out':>10}  {real['mean']:6.4f}  {real['std']:6.4f}  {real['nearest']:6.3f}")
+    for made, back in zip(numbers["samples"], numbers["inversion"], strict=True):
+        typer.echo(
+            f"{made['steps']:>4} steps  {made['mean']:6.4f}  {made['std']:6.4f}  {made['nearest']:6.3f}   "
+            f"{'':>21} {back['plain']['rmse']:8.5f}  {back['fixed_point']['rmse']:11.5f}"
+        )
+    typer.echo(
+        "Values are in [0, 1]. 1-NN: how well nearest neighbours tell sampled from held-out images; 0.5 is chance."
+    )
+    typer.echo(f"Results: {(folder / 'result.json').resolve()}")

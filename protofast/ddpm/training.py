@@ -1,0 +1,246 @@
+"""Training of a small UNet2DModel by the noise it predicts (Ho et al. 2020), cached, and resumed after a kill."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from .. import _weights
+from .._files import replacing
+from .._optional import need
+from ..ddim import DDIMSchedule
+from ..diffusion import add_noise
+
+TIMESTEPS = 1000
+BATCH = 64
+WARM_UP = 100
+DECAY = 0.995
+CHECKPOINT_SECONDS = 10.0
+_FORMAT = "protofast-ddpm-1"
+
+
+class Denoiser(nn.Module):
+    """diffusers' UNet2DModel as ``model(x, t) → predicted noise``, with the schedule it is trained on.
+
+    Three resolutions of one residual block each, with `width`, 2·`width` and 2·`width` channels.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Shape (C, H, W) of an image; values in [−1, 1]. H and W multiples of 4.
+    width : int, default 32
+        A multiple of 8.
+
+    Attributes
+    ----------
+    unet : diffusers.UNet2DModel
+    schedule : DDIMSchedule
+        1,000 timesteps, linear betas.
+    losses : list of float
+        Of training: the mean loss of each twentieth of the updates.
+
+    Raises
+    ------
+    ValueError
+        For a shape or a width that does not fit.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from protofast.ddpm import Denoiser
+    >>> model = Denoiser((1, 8, 8), width=8)
+    >>> model(torch.randn(2, 1, 8, 8), torch.tensor([10, 999])).shape
+    torch.Size([2, 1, 8, 8])
+    """
+
+    def __init__(self, shape: Sequence[int], width: int = 32) -> None:
+        super().__init__()
+        self.shape, self.width = tuple(int(size) for size in shape), int(width)
+        if len(self.shape) != 3 or min(self.shape) < 1 or self.shape[1] % 4 or self.shape[2] % 4:
+            raise ValueError(f"shape is {self.shape}; give (channels, height, width), both sides multiples of 4")
+        if width < 8 or width % 8:
+            raise ValueError(f"width is {width}; give a multiple of 8")
+        self.unet = need("diffusers", "diffusers").UNet2DModel(
+            sample_size=self.shape[1:],
+            in_channels=self.shape[0],
+            out_channels=self.shape[0],
+            block_out_channels=(width, 2 * width, 2 * width),
+            down_block_types=("DownBlock2D",) * 3,
+            up_block_types=("UpBlock2D",) * 3,
+            layers_per_block=1,
+            norm_num_groups=8,
+        )
+        self.schedule = DDIMSchedule.linear(TIMESTEPS)
+        self.losses: list[float] = []
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.unet(x, t, return_dict=False)[0]
+
+
+def train(
+    images: Tensor,
+    *,
+    width: int = 32,
+    updates: int = 1200,
+    lr: float = 2e-3,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    cache: bool | str | os.PathLike[str] = True,
+) -> Denoiser:
+    """Trains a `Denoiser` on batches of 64: mean squared error of the noise, AdamW, an average of the weights.
+
+    The weights are cached, so a second call loads them. A call that was killed is taken up by the next one where it
+    was ten seconds before: the same images, settings and seed give the same weights, killed or not, on the same
+    machine with the same number of threads (`torch.set_num_threads`).
+
+    Parameters
+    ----------
+    images : Tensor of shape (n, C, H, W)
+        In [0, 1]; the model is trained on 2·images − 1.
+    width : int, default 32
+        See `Denoiser`.
+    updates : int, default 1200
+        The learning rate rises over the first 100 and falls to 0 along a cosine.
+    lr : float, default 2e-3
+    seed : int, default 0
+    progress : callable, optional
+        Called as ``progress(done, total)`` with numbers of updates.
+    cache : bool or path, default True
+        The folder of the weights and of unfinished training; True is the user's cache folder, False keeps nothing.
+
+    Returns
+    -------
+    Denoiser
+        In evaluation mode, on the CPU.
+
+    Raises
+    ------
+    ValueError
+        Naming the argument.
+    FloatingPointError
+        When the loss is not finite.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from protofast.ddpm import train
+    >>> model = train(torch.rand(10, 1, 8, 8), width=8, updates=2, cache=False)
+    >>> len(model.losses)
+    2
+    """
+    if images.ndim != 4 or len(images) == 0:
+        raise ValueError(f"images has shape {tuple(images.shape)}; give at least one, (n, channels, height, width)")
+    if updates < 1:
+        raise ValueError(f"updates is {updates}; give at least 1")
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr is {lr}; give a positive number")
+    images = images.float().contiguous().cpu()
+    if not bool(((images >= 0) & (images <= 1)).all()):
+        raise ValueError("images has values outside [0, 1] (or NaN); scale them first")
+    with torch.random.fork_rng(devices=[]):  # the layers draw their weights from the global generator
+        torch.manual_seed(seed)
+        model = Denoiser(images.shape[1:], width)
+    path = cached_at(images, width=model.width, updates=updates, lr=lr, seed=seed, cache=cache)
+    if path is not None and path.exists():
+        try:
+            return load(path)
+        except (OSError, ValueError):
+            pass  # damaged: train again and replace it
+    unfinished = None if path is None else path.with_suffix(".unfinished")
+    model = _train(model, images, updates, lr, seed, unfinished, progress)
+    if path is not None:
+        # A full or read-only cache folder costs the next run its time, not this run its result.
+        with suppress(OSError):
+            about = {"shape": model.shape, "width": model.width, "losses": model.losses}
+            _weights.write(path, _FORMAT, model.state_dict(), {"about": json.dumps(about)})
+            path.with_suffix(".unfinished").unlink(missing_ok=True)
+    return model
+
+
+def cached_at(images: Tensor, *, cache: bool | str | os.PathLike[str] = True, **settings: Any) -> Path | None:
+    """Where `train` keeps the weights that it makes of these images (float32) and settings, all four of them."""
+    return _weights.place(cache, "ddpm", [_FORMAT, images.shape, settings], images)
+
+
+def load(path: str | os.PathLike[str]) -> Denoiser:
+    """Reads a model that `train` has cached.
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+        When the file is damaged or holds something else.
+    """
+    state, found = _weights.read(path, _FORMAT, wrong="holds no model of protofast.ddpm; give one that it cached")
+    about = json.loads(found["about"])
+    model = Denoiser(about["shape"], about["width"])
+    model.load_state_dict(state)
+    model.losses = about["losses"]
+    return model.eval().requires_grad_(False)
+
+
+def _train(
+    model: Denoiser,
+    images: Tensor,
+    updates: int,
+    lr: float,
+    seed: int,
+    unfinished: Path | None,
+    progress: Callable[[int, int], None] | None,
+) -> Denoiser:
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    generator = torch.Generator().manual_seed(seed)
+    losses: list[float] = []
+    parts: dict[str, Any] = {"model": model, "average": average, "optimizer": optimizer}
+    if unfinished is not None and unfinished.exists():
+        with suppress(OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError):  # damaged: from the start
+            state = torch.load(unfinished, weights_only=True)
+            generator.set_state(state["generator"])
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            losses = state["losses"]
+    saved = time.monotonic()
+    model.train()
+    while (done := len(losses)) < updates:
+        rows = torch.randint(len(images), (BATCH,), generator=generator)
+        t = torch.randint(TIMESTEPS, (BATCH,), generator=generator)
+        batch = 2 * images[rows] - 1
+        noise = torch.empty_like(batch).normal_(generator=generator)
+        loss = (model(add_noise(batch, noise, t, model.schedule), t) - noise).square().mean()
+        if not loss.isfinite():
+            raise FloatingPointError(f"the loss is {loss.item()} at update {done + 1} with lr {lr}; give a smaller lr")
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (done + 1) / WARM_UP) * (1 + math.cos(math.pi * done / updates)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        average.update_parameters(model)
+        losses.append(loss.item())
+        if unfinished is not None and time.monotonic() - saved >= CHECKPOINT_SECONDS:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            with suppress(OSError), replacing(unfinished) as file:
+                torch.save({**state, "generator": generator.get_state(), "losses": losses}, file)
+            saved = time.monotonic()
+        if progress is not None:
+            progress(done + 1, updates)
+    result = average.module
+    assert isinstance(result, Denoiser)
+    result.losses = [sum(part) / len(part) for part in _twentieths(losses)]
+    return result.eval().requires_grad_(False)
+
+
+def _twentieths(values: list[float]) -> list[list[float]]:
+    count = min(20, len(values))
+    return [values[i * len(values) // count : (i + 1) * len(values) // count] for i in range(count)]
