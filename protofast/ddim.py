@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -46,7 +47,7 @@ class DDIMSchedule:
     """
 
     def __init__(self, alphas_cumprod: Tensor, final_alpha_cumprod: float = 1.0) -> None:
-        alphas = torch.as_tensor(alphas_cumprod).detach().to("cpu", torch.float64)
+        alphas = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu").detach()
         if alphas.ndim != 1 or alphas.numel() == 0:
             raise ValueError(f"alphas_cumprod has shape {tuple(alphas.shape)}; give a non-empty vector (T,)")
         table = torch.cat([torch.tensor([float(final_alpha_cumprod)], dtype=torch.float64), alphas])
@@ -62,7 +63,7 @@ class DDIMSchedule:
     @classmethod
     def from_betas(cls, betas: Tensor, *, final_alpha_cumprod: float = 1.0) -> DDIMSchedule:
         """Schedule of given betas, shape (T,), each in [0, 1]."""
-        betas = torch.as_tensor(betas).detach().to("cpu", torch.float64)
+        betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu").detach()
         if betas.ndim != 1 or not bool(((betas >= 0) & (betas <= 1)).all()):
             raise ValueError("betas must be a vector (T,) with values in [0, 1]")
         return cls((1 - betas).cumprod(0), final_alpha_cumprod)
@@ -243,20 +244,38 @@ def ddim_step(
         and not guidance_rescale
     )
     plan = None  # what was checked and computed at the first step of this kind
-    if type(timestep) is int and type(prev_timestep) is int and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
+        if not type(timestep) is type(prev_timestep) is int:
+            timestep, prev_timestep = _on_host(timestep, sample), _on_host(prev_timestep, sample)
         settings = timestep, prev_timestep, eta, prediction_type, clip_range, use_clipped_model_output, bitwise
         try:
-            plan = schedule._plans.get((*settings, sample.device, sample.dtype, sample.ndim))
+            if type(timestep) is type(prev_timestep) is int:
+                plan = schedule._plans.get((*settings, sample.device, sample.dtype, sample.ndim))
         except (AttributeError, TypeError):  # explained by `_plan`
-            plan = None
+            pass
         # What is the same needs no closer look, and the look costs as much as a small step.
-        same = (
-            type(model_output) is Tensor and model_output.dtype is sample.dtype and model_output.shape == sample.shape
-        )
-        if plain and same and out is None and plan is not None:
+        if (
+            plan is not None
+            and plain
+            and type(model_output) is Tensor
+            and model_output.dtype is sample.dtype
+            and model_output.shape == sample.shape
+        ):
             grad = torch.is_grad_enabled() and (sample.requires_grad or model_output.requires_grad)
-            step = overload("ddim_step", plan[0], backend, grad=grad)
-            return tuple.__new__(DDIMStep, step(sample, model_output, *plan[1]))
+            if out is None:
+                step = overload("ddim_step", plan[0], backend, grad=grad)
+                return tuple.__new__(DDIMStep, step(sample, model_output, *plan[1]))
+            if (
+                type(out) is Tensor
+                and out.dtype is sample.dtype
+                and out.shape == sample.shape
+                and out.device == sample.device
+                and out.is_contiguous()
+                and not (grad or out.requires_grad)
+            ):
+                step = overload("ddim_step_out", plan[0], backend)
+                step(sample, model_output, *plan[1], prev_sample=out, pred_original_sample=None)
+                return DDIMStep(out, None)
     if plan is None:
         arguments = _plan(
             sample,
@@ -287,7 +306,7 @@ def ddim_step(
     if more or model_output.dtype != dtype:
         sample, model_output = _widen(sample, model_output, more)
     if guidance_rescale:
-        more["rescale"] = _rescale(model_output, more["cond_output"], guidance_scale, guidance_rescale)
+        more["rescale"] = _rescale(model_output, more["cond_output"], more["guidance_scale"], guidance_rescale)
     if out is None:
         result = run_plan(sample, model_output, arguments, more, dynamic_threshold, backend)
         return DDIMStep._make(result if sample.dtype == dtype else [tensor.to(dtype) for tensor in result])
@@ -431,7 +450,8 @@ def _plan(
         if plan[-1] != default:
             break
         plan.pop()
-    if kept and type(table) is Tensor and not isinstance(clip_range, list) and not _capturing(sample):
+    kept = kept and type(table) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(table)
+    if kept and not isinstance(clip_range, list) and not _capturing(sample):
         what = timestep, prev_timestep, eta, prediction_type, clip_range, clipped_direction, bitwise
         schedule._plans[(*what, sample.device, sample.dtype, sample.ndim)] = device, tuple(plan)
     return tuple(plan)
@@ -494,6 +514,7 @@ def _more(
     """What a step takes beyond the common one, checked: keyword arguments of the op."""
     more: dict[str, Any] = {}
     if cond_output is not None:
+        _match("model_output (conditional part)", cond_output, sample)
         more["cond_output"], more["guidance_scale"] = cond_output, float(guidance_scale)  # type: ignore[arg-type]
     if not 0 <= guidance_rescale <= 1:
         raise ValueError(f"guidance_rescale is {guidance_rescale}; give a number from 0 to 1")
@@ -571,20 +592,21 @@ def _widen(sample: Tensor, model_output: Tensor, more: dict[str, Any]) -> tuple[
     return sample.to(wide), outputs[0]
 
 
-def _rescale(uncond: Tensor, cond: Tensor, scale: float | None, share: float) -> Tensor:
+def _rescale(uncond: Tensor, cond: Tensor, scale: float, share: float) -> Tensor:
     """The factor of each sample's guided prediction (Lin et al. 2024, eq. 14 to 16)."""
     work = torch.promote_types(cond.dtype, torch.float32)
-    uncond, cond = uncond.to(work).flatten(1), cond.to(work).flatten(1)
+    uncond, cond = (output.to(work).unsqueeze(-1).flatten(1) for output in (uncond, cond))  # (B,) may be a sample
     guided = uncond + scale * (cond - uncond)
     return (share * (cond.std(1) / guided.std(1)) + (1 - share)).double()
 
 
 def _threshold(image: Tensor, setting: float | tuple[float, float]) -> Tensor:
     """Each sample's threshold of dynamic thresholding, at least 1 (Saharia et al. 2022, sec. 2.3)."""
-    ratio, largest = setting if isinstance(setting, (tuple, list)) else (setting, math.inf)
-    if not (0 <= ratio <= 1 and largest > 0):
+    pair = setting if isinstance(setting, (tuple, list)) else (setting, math.inf)
+    if not (len(pair) == 2 and 0 <= pair[0] <= 1 and pair[1] > 0):
         raise ValueError(f"dynamic_threshold is {setting}; give a quantile from 0 to 1, or (quantile, largest > 0)")
-    size = image.flatten(1).to(torch.promote_types(image.dtype, torch.float32)).abs()
+    ratio, largest = pair
+    size = image.unsqueeze(-1).flatten(1).to(torch.promote_types(image.dtype, torch.float32)).abs()
     if size.shape[1] == 0 or size.shape[0] == 0:
         return size.new_ones(size.shape[0], dtype=torch.float64)
     # torch.quantile, with its rank in the tensor's dtype, by selection: it sorts, and refuses over 2²⁴ elements.
@@ -651,6 +673,20 @@ def _outputs(out: Tensor | tuple[Tensor, Tensor], sample: Tensor, dtype: torch.d
     return pair[0], pair[1]
 
 
+def _on_host(timestep: Any, sample: Any) -> Any:
+    """An int, where looking at the timestep waits for nothing."""
+    if not isinstance(timestep, Tensor):
+        return operator.index(timestep) if _is_index(timestep) and type(timestep) is not bool else timestep
+    known = timestep.is_cpu and timestep.numel() == 1 and isinstance(sample, Tensor) and sample.is_cpu
+    if not known or timestep.is_floating_point() or timestep.is_complex() or timestep.dtype == torch.bool:
+        return timestep
+    return int(timestep) if type(timestep) is Tensor else timestep
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) or (hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0)  # no array
+
+
 def _timestep(name: str, value: int | Tensor, steps: tuple[Tensor, ...], sample: Tensor) -> Tensor:
     last = len(steps) - 2
     if type(value) is int and -1 <= value <= last and not torch.compiler.is_compiling():
@@ -667,7 +703,7 @@ def _timestep(name: str, value: int | Tensor, steps: tuple[Tensor, ...], sample:
             if low < -1 or high > last:
                 raise IndexError(f"{name} has values from {low} to {high}; the schedule has -1 to {last}")
         return value if value.dtype == torch.int64 else value.long()
-    if not (isinstance(value, int) or hasattr(value, "__index__")):
+    if not _is_index(value):
         raise TypeError(f"{name} is {value!r}; give an int or an integer tensor")
     if not -1 <= value <= last:
         raise IndexError(f"{name} is {value}; the schedule has -1 (the image) to {last}")

@@ -22,6 +22,7 @@ diffusers: Any = need("diffusers", "diffusers")
 scheduling_ddim = need("diffusers.schedulers.scheduling_ddim", "diffusers")
 scheduling_ddim_inverse = need("diffusers.schedulers.scheduling_ddim_inverse", "diffusers")
 randn_tensor = need("diffusers.utils.torch_utils", "diffusers").randn_tensor
+SchedulerMixin = diffusers.SchedulerMixin  # by this name diffusers finds how to load a scheduler of this module
 
 Pipeline = TypeVar("Pipeline")
 
@@ -41,6 +42,7 @@ class _Fused:
     follow_timesteps = False
     """Whether a step ends at the next of ``timesteps``; otherwise T // num_inference_steps away, as in diffusers."""
 
+    _listed: tuple[Any, Any] = None, None  # timesteps, and the same on the host
     _custom = False  # whether set_timesteps got the timesteps one by one
     _up = False  # the direction of a step
     _end = ""  # the attribute with the cumulative alpha of timestep −1
@@ -54,7 +56,7 @@ class _Fused:
     def __setattr__(self, name: str, value: Any) -> None:
         state = vars(self)
         # What is kept says for how many steps it is, and add_noise sets what is there already.
-        harmless = name == "num_inference_steps" or (name == "timesteps" and not self._follows)
+        harmless = name in ("num_inference_steps", "_listed") or (name == "timesteps" and not self._follows)
         if not harmless and state.get(name, self) is not value:
             state["_kept"] = {}
         super().__setattr__(name, value)
@@ -96,9 +98,10 @@ class _Fused:
             )
         if timesteps is None:
             self._custom = False
-            super().set_timesteps(num_inference_steps, device=device)  # type: ignore[misc]
-            if len(self.timesteps) > num_inference_steps:  # type: ignore[operator]
-                self.timesteps = self.timesteps[1:] if self._up else self.timesteps[:-1]
+            super().set_timesteps(num_inference_steps)  # type: ignore[misc]
+            listed = self.timesteps
+            if len(listed) > num_inference_steps:  # type: ignore[operator]
+                listed = listed[1:] if self._up else listed[:-1]
         else:
             try:
                 steps = [operator.index(step) for step in timesteps]
@@ -110,8 +113,9 @@ class _Fused:
                 way = f"rise strictly from 0 to {last}" if self._up else f"fall strictly from {last} to 0"
                 raise ValueError(f"timesteps is {steps}; give timesteps that {way} at most")
             self._custom = True
-            self.num_inference_steps = len(steps)
-            self.timesteps = torch.tensor(steps).to(device)
+            self.num_inference_steps, listed = len(steps), torch.tensor(steps)
+        self.timesteps = listed.to(device)
+        self._listed = self.timesteps, listed
         if not torch.compiler.is_compiling():  # here, because a compiled step cannot keep what it makes
             device = self.timesteps.device
             self._keep((device, self.num_inference_steps), self._levels(device))
@@ -127,7 +131,8 @@ class _Fused:
             every = torch.arange(len(alphas), device=device)
             if not self._follows:
                 return table, (every - stride).clamp(min=-1)
-            listed = _moved(self.timesteps, device).sort().values
+            of, on_host = self._listed
+            listed = _moved(on_host if of is self.timesteps else self.timesteps, device).sort().values
             below = torch.searchsorted(listed, every)
             return table, torch.where(below > 0, listed[(below - 1).clamp(min=0)], -1)
 
@@ -453,7 +458,7 @@ def accelerate(pipeline: Pipeline) -> Pipeline:
     True
     """
     fused = {diffusers.DDIMScheduler: DDIMScheduler, diffusers.DDIMInverseScheduler: DDIMInverseScheduler}
-    found = {name: value for name, value in vars(pipeline).items() if isinstance(value, diffusers.SchedulerMixin)}
+    found = {name: value for name, value in vars(pipeline).items() if isinstance(value, SchedulerMixin)}
     # A subclass is left alone: it may do something of its own.
     swapped = {name: value for name, value in found.items() if type(value) in fused}
     if not swapped and not any(isinstance(value, _Fused) for value in found.values()):

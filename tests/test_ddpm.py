@@ -1,11 +1,14 @@
 # ruff: noqa: E402
 """The small diffusion model: training that survives a kill, measures against closed forms, and the command."""
 
+import itertools
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ import protofast as pf
 from protofast import cli, ddpm
 from protofast.ddpm import check, command, training
 
-ROOM = dict(width=8, updates=12)
+ROOM = {"width": 8, "updates": 12}
 
 
 def images(n=30, seed=0):
@@ -45,27 +48,34 @@ def one_thread():
 # Training
 
 
-def test_the_model_is_the_unet():
+def test_the_unet_predicts_v():
     model = ddpm.Denoiser((3, 8, 12), width=8).eval()
     x, t = torch.randn(2, 3, 8, 12), torch.tensor([3, 999])
     with torch.no_grad():
-        assert torch.equal(model(x, t), model.unet(x, t).sample)
+        noise, v = model(x, t), model.unet(x, t).sample
     assert model.unet.config.sample_size == (8, 12)
+    schedule = pf.DDIMSchedule.linear(1000)
+    for row, step in enumerate((3, 999)):
+        by_noise, by_v = (
+            pf.ddim_step(x[row : row + 1], output[row : row + 1], step, -1, schedule, prediction_type=kind)
+            for output, kind in ((noise, "epsilon"), (v, "v_prediction"))
+        )
+        # Both are the image; the noise has three roundings of numbers below 8, divided by √ᾱ.
+        bound = 3 * 8 * 2.0**-24 / float(schedule.alphas_cumprod[step]) ** 0.5
+        assert (by_noise.prev_sample - by_v.prev_sample).abs().max() <= bound
 
 
 def test_a_single_image_is_learned_and_sampled():
-    # The noise is then a function of x alone, so the loss can fall to 0; and samples tell every convention of training
-    # and sampling apart: range, sign, schedule, timesteps.
+    # It is known in full, so the loss can fall to 0; and samples tell the conventions of training and sampling apart.
     image = torch.zeros(1, 1, 8, 8)
     image[..., 2:7, 3:] = 1
-    model = ddpm.train(image, width=8, updates=100, lr=5e-3, cache=False)
+    model = ddpm.train(image, width=8, updates=100, lr=1e-2, cache=False)
     assert len(model.losses) == 20
-    assert model.losses[-1] < 0.1 * model.losses[0]
+    assert model.losses[-1] < 0.3 * model.losses[0]
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
     made = pf.diffusion.sample(model, torch.randn(8, 1, 8, 8), model.schedule, 10, clip_range=1)
-    off = (made - (2 * image - 1)).abs()
-    assert off.mean() < 0.2  # 1 on average for noise, 2 for the negative
+    assert (made - (2 * image - 1)).abs().mean() < 0.3  # 1 for noise, 2 for the negative; 0.1 was measured
 
 
 def test_seed_and_cache(tmp_path):
@@ -94,28 +104,42 @@ def test_damaged_and_unwritable_cache(tmp_path):
         with pytest.raises(ValueError, match="damaged"):
             ddpm.load(path)
         assert same(first, ddpm.train(images(), **ROOM, cache=tmp_path))
-        assert path.read_bytes() == whole
+        assert same(first, ddpm.load(path))
         assert len(list(tmp_path.iterdir())) == 1
     (tmp_path / "file").touch()
     assert same(first, ddpm.train(images(), **ROOM, cache=tmp_path / "file"))
 
 
-@pytest.mark.parametrize(("last", "killed"), [(7, 7), (5, 7), (12, 12)])
-def test_a_killed_training_goes_on_with_the_same_bits(tmp_path, last, killed):
-    script = (
-        "import os, signal, sys, torch\n"
-        "sys.path.insert(0, 'tests')\n"
-        "from test_ddpm import ROOM, images\n"
-        "from protofast.ddpm import train, training\n"
-        "torch.set_num_threads(1)\n"
-        "training.CHECKPOINT_SECONDS = 0\n"
-        "def progress(done, total):\n"
-        f"    if done == {last}: training.CHECKPOINT_SECONDS = 1e9\n"
-        f"    if done == {killed}: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "train(images(), **ROOM, cache=sys.argv[1], progress=progress)\n"
-    )
-    child = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
-    assert child.returncode == -signal.SIGKILL, child.stderr
+def interrupted(folder, last, ended, end):
+    """Trains, with a checkpoint at every update up to `last`, until `end` is called at `ended`."""
+    torch.set_num_threads(1)
+    training.CHECKPOINT_SECONDS = 0
+
+    def progress(done, total):
+        if done == last:
+            training.CHECKPOINT_SECONDS = math.inf
+        if done == ended:
+            end()
+
+    ddpm.train(images(), **ROOM, cache=folder, progress=progress)
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("last", "ended", "how"), [(5, 7, "kill"), (7, 7, "raise"), (12, 12, "raise")])
+def test_a_training_that_was_ended_goes_on_with_the_same_bits(tmp_path, monkeypatch, last, ended, how):
+    if how == "kill":
+        script = f"import test_ddpm as t\nt.interrupted({str(tmp_path)!r}, {last}, {ended}, t.kill)"
+        child = subprocess.run(
+            [sys.executable, "-c", script], cwd=Path(__file__).parent, capture_output=True, text=True
+        )
+        assert child.returncode == -signal.SIGKILL, child.stderr
+    else:
+        monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)  # which is put back after the test
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(tmp_path, last, ended, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     assert [path.suffix for path in tmp_path.iterdir()] == [".unfinished"]
     steps = []
     resumed = ddpm.train(images(), **ROOM, cache=tmp_path, progress=lambda *at: steps.append(at))
@@ -179,7 +203,7 @@ def there_and_back(x, steps):
     """The affine recurrences of plain inversion and sampling, from eq. 12 alone, in extended precision."""
     alphas = np.append(Exact.schedule.alphas_cumprod.numpy(), 1.0).astype(np.longdouble)  # −1 is the last
     ladder = [-1, *(round(1000 - i * 1000 / steps) - 1 for i in reversed(range(steps)))]
-    upwards = [(now, then, then) for now, then in zip(ladder, ladder[1:], strict=False)]
+    upwards = [(now, then, then) for now, then in itertools.pairwise(ladder)]
     for now, then, asked in upwards + [(then, now, then) for now, then, _ in reversed(upwards)]:
         a, b, at = alphas[now], alphas[then], alphas[asked]
         noise = np.sqrt(1 - at) * (x - np.sqrt(at) * MEAN) / (at * SPREAD**2 + 1 - at)

@@ -829,6 +829,35 @@ def test_resume_refuses_other_settings(change, says, tmp_path):
     assert torch.equal(run(), result)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fixed_point": 4},
+        {"tolerance": 0.1},
+        {"prediction_type": "v_prediction"},
+        {"clip_range": 1.0},
+        {"guidance_scale": 2.0},
+        {"guidance_rescale": 0.5},
+        {"spacing": "linspace"},
+        {"schedule": pf.DDIMSchedule.cosine(1000)},
+        {"image": noises()},
+    ],
+    ids=lambda change: "-".join(change),
+)
+def test_inversion_resumes_under_its_settings_alone(change, tmp_path):
+    pytest.importorskip("safetensors")
+
+    def run(model, **arguments):
+        common = {"image": images(), "schedule": SCHEDULE, "num_steps": 3, "fixed_point": 3, "guidance_scale": 1.5}
+        return invert(model, uncond={}, resume=tmp_path, **(common | arguments))
+
+    result = run(Denoiser())
+    name = {"spacing": "timesteps", "image": "another image"}.get(*change, *change)
+    with pytest.raises(ValueError, match=f"was made with {name}"):
+        run(Denoiser(), **change)
+    assert torch.equal(run(None), result)
+
+
 def test_resume_refuses_damage_and_strangers(tmp_path):
     pytest.importorskip("safetensors")
     from safetensors.torch import save_file
@@ -950,9 +979,12 @@ def test_graph_replays_every_batch_on_its_own_numbers(options, recorders):
             0 if shift is None else shift.reshape(-1, 1, 1, 1) / 8
         )
 
-    expected = sample(model, noises(n=8), SCHEDULE, 4, **options)
-    result = sample(model, noises(n=8), SCHEDULE, 4, batch_size=3, cuda_graph=True, **options)
+    noise = noises(n=8)
+    expected = sample(model, noise, SCHEDULE, 4, **options)
+    result = sample(model, noise, SCHEDULE, 4, batch_size=3, cuda_graph=True, **options)
     assert torch.equal(result, expected)
+    assert torch.equal(noise, noises(n=8))
+    assert torch.equal(options.get("known", images(n=8)), images(n=8))
     assert [recorder.replays for recorder in recorders] == [2]  # batches of 3 (the warm-up), 3 and 2
     names = [str(call[0]) for call in recorders[0].calls]
     assert sum("ddim_step" in name for name in names) >= 4
@@ -1015,7 +1047,8 @@ def test_graph_on_the_gpu(function, options):
     def run(**more):
         label = torch.linspace(-1, 1, 30).reshape(10, 3, 1, 1)
         common = {"cond": {"label": label}, "batch_size": 3, "device": "cuda", **options, **more}
-        return function(model, noises(torch.float32, 10).expand(10, 3, 3, 2), SCHEDULE, 5, **common)
+        noise = torch.randn(10, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+        return function(model, noise, SCHEDULE, 5, **common)
 
     result = run(cuda_graph=True)
     torch.testing.assert_close(result, run(), rtol=1e-3, atol=1e-3)  # a convolution may choose another algorithm

@@ -30,19 +30,38 @@ struct DdimLoop {
     return Memory<T>::load(from + u * WIDTH);
   }
 
-  INLINE void guide(V (&m)[UNROLL], const M* cond) const {
-    const V scale = splat<V>(static_cast<C>(args.guidance));
-    for (int u = 0; u < UNROLL; ++u) m[u] = fma(scale, get(cond, u) - m[u], m[u]);
+  // The four vectors of a block. Their elements keep their order where two dtypes meet.
+  template <class T>
+  static INLINE void get_all(const T* from, V (&to)[UNROLL]) {
+    for (int u = 0; u < UNROLL; u += 2)
+      if constexpr (std::is_same_v<S, M>)
+        Memory<T>::load(from + u * WIDTH, to[u], to[u + 1]);
+      else
+        to[u] = get(from, u), to[u + 1] = get(from, u + 1);
+  }
+  static INLINE void put_all(S* to, const V (&from)[UNROLL], bool stream) {
+    for (int u = 0; u < UNROLL; u += 2)
+      if constexpr (std::is_same_v<S, M>)
+        Sample::store(to + u * WIDTH, from[u], from[u + 1], stream);
+      else
+        for (int v : {u, u + 1}) Sample::store(to + v * WIDTH, from[v], stream);
   }
 
   // The common step. Loads everything before it stores anything: an output may be an input.
   INLINE void fast(DdimRun<S, M> at, bool stream) const {
-    V x[UNROLL], m[UNROLL], prev[UNROLL];
-    for (int u = 0; u < UNROLL; ++u) x[u] = get(at.sample, u), m[u] = get(at.output, u);
-    if (at.cond) guide(m, at.cond);
+    V x[UNROLL], m[UNROLL], more[UNROLL], prev[UNROLL];
+    get_all(at.sample, x);
+    get_all(at.output, m);
+    if (at.cond) {
+      get_all(at.cond, more);
+      const V scale = splat<V>(static_cast<C>(args.guidance));
+      for (int u = 0; u < UNROLL; ++u) m[u] = fma(scale, more[u] - m[u], m[u]);
+    }
     for (int u = 0; u < UNROLL; ++u) prev[u] = fma(splat<V>(k.sample), x[u], splat<V>(k.output) * m[u]);
-    if (at.noise)
-      for (int u = 0; u < UNROLL; ++u) prev[u] = fma(splat<V>(k.column[SIGMA]), get(at.noise, u), prev[u]);
+    if (at.noise) {
+      get_all(at.noise, more);
+      for (int u = 0; u < UNROLL; ++u) prev[u] = fma(splat<V>(k.column[SIGMA]), more[u], prev[u]);
+    }
     if (args.clips || at.x0) {
       for (int u = 0; u < UNROLL; ++u) {
         V x0 = args.prediction == SAMPLE ? m[u] : fma(splat<V>(k.a), x[u], splat<V>(k.b) * m[u]);
@@ -50,10 +69,11 @@ struct DdimLoop {
           x0 = clamp(x0, splat<V>(static_cast<C>(args.low)), splat<V>(static_cast<C>(args.high)));
           prev[u] = fma(splat<V>(k.clipped), x0, prev[u]);
         }
-        if (at.x0) Sample::store(at.x0 + u * WIDTH, x0, stream);
+        more[u] = x0;
       }
+      if (at.x0) put_all(at.x0, more, stream);
     }
-    for (int u = 0; u < UNROLL; ++u) Sample::store(at.prev + u * WIDTH, prev[u], stream);
+    put_all(at.prev, prev, stream);
   }
 
   // The step with all its options; without contraction if `bitwise`.

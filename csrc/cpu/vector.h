@@ -108,13 +108,18 @@ INLINE V square_root(V value) {
   return root;
 }
 
-// How a storage type T is loaded into, and stored from, vectors of Compute.
+// How a storage type T is loaded into, and stored from, vectors of Compute. The forms for two vectors may give the
+// elements another order within the two, the same for all tensors of T.
 template <class T>
 struct Memory {
   using Compute = T;
   static constexpr int WIDTH = VECTOR_BYTES / sizeof(T);
   static INLINE Vector<T> load(const T* from) { return load_bits<Vector<T>>(from); }
   static INLINE void store(T* to, Vector<T> value, bool stream) { store_bits(to, value, stream); }
+  static INLINE void load(const T* from, Vector<T>& a, Vector<T>& b) { a = load(from), b = load(from + WIDTH); }
+  static INLINE void store(T* to, Vector<T> a, Vector<T> b, bool stream) {
+    store(to, a, stream), store(to + WIDTH, b, stream);
+  }
 };
 
 template <>
@@ -123,15 +128,26 @@ struct Memory<BFloat16> {
   static constexpr int WIDTH = VECTOR_BYTES / 4;
   using Half = VectorOf<uint16_t, VECTOR_BYTES / 2>::type;
   using Word = Vector<uint32_t>;
+  static constexpr uint32_t UPPER = 0xffff0000;
 
+  // The result is in the upper half of each word, over bits that do not count. To nearest, ties to even.
+  static INLINE Word round(Vector<float> value) {
+    const Word word = bits<Word>(value);
+    return value == value ? word + 0x7fff + ((word >> 16) & 1) : word | 0x400000;
+  }
   static INLINE Vector<float> load(const BFloat16* from) {
     return bits<Vector<float>>(__builtin_convertvector(load_bits<Half>(from), Word) << 16);
   }
-  static INLINE void store(BFloat16* to, Vector<float> value, bool stream) {  // to nearest, ties to even
-    const Word word = bits<Word>(value);
-    const Word rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
-    const Word quiet = (word >> 16) | 0x40;
-    store_bits(to, __builtin_convertvector(value == value ? rounded : quiet, Half), stream);
+  static INLINE void store(BFloat16* to, Vector<float> value, bool stream) {
+    store_bits(to, __builtin_convertvector(round(value) >> 16, Half), stream);
+  }
+  // Even elements, then odd ones: no lane has to move.
+  static INLINE void load(const BFloat16* from, Vector<float>& even, Vector<float>& odd) {
+    const Word both = load_bits<Word>(from);
+    even = bits<Vector<float>>(both << 16), odd = bits<Vector<float>>(both & UPPER);
+  }
+  static INLINE void store(BFloat16* to, Vector<float> even, Vector<float> odd, bool stream) {
+    store_bits(to, (round(even) >> 16) | (round(odd) & UPPER), stream);
   }
 };
 
@@ -164,4 +180,10 @@ struct Memory<Half> {
     for (int i = 0; i < WIDTH; ++i) to[i] = static_cast<Half>(value[i]);
   }
 #endif
+  static INLINE void load(const Half* from, Vector<float>& a, Vector<float>& b) {
+    a = load(from), b = load(from + WIDTH);
+  }
+  static INLINE void store(Half* to, Vector<float> a, Vector<float> b, bool stream) {
+    store(to, a, stream), store(to + WIDTH, b, stream);
+  }
 };

@@ -127,7 +127,7 @@ batch_size, device, out, resume, compile, progress, backend
     def noise_at(x: Tensor, t: int, conditions: Mapping[str, Any]) -> Tensor:
         """The noise that the model sees in x; both halves of it under guidance, for they mix as predictions do."""
         output = predictor(x, t, conditions)
-        if guidance_rescale:
+        if guidance_rescale and guidance_scale is not None:
             halves = output[: x.shape[0]], output[x.shape[0] :]
             factor = _rescale(*halves, guidance_scale, guidance_rescale).to(output.dtype)
             output = output * torch.cat([factor, factor]).reshape(-1, *[1] * (x.ndim - 1))
