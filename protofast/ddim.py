@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._backend import overload
 from ._ops.ddim import PREDICTION_TYPES
-from ._overlap import span
+from ._overlap import apart, folded
 
 
 class DDIMStep(NamedTuple):
@@ -50,15 +50,21 @@ class DDIMSchedule:
         alphas = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu").detach()
         if alphas.ndim != 1 or alphas.numel() == 0:
             raise ValueError(f"alphas_cumprod has shape {tuple(alphas.shape)}; give a non-empty vector (T,)")
-        table = torch.cat([torch.tensor([float(final_alpha_cumprod)], dtype=torch.float64), alphas])
+        final = torch.tensor([float(final_alpha_cumprod)], dtype=torch.float64, device="cpu")
+        table = torch.cat([final, alphas])
         if not bool(((table >= 0) & (table <= 1)).all()):
             raise ValueError(
                 "alphas_cumprod and final_alpha_cumprod must lie in [0, 1]; a value outside (or NaN) was given"
             )
-        self._values: list[float] = table.tolist()
+        self.__setstate__(table.tolist())
+
+    def __getstate__(self) -> list[float]:
+        return self._values
+
+    def __setstate__(self, values: list[float]) -> None:
+        self._values = values
         self._tables: dict[torch.device, tuple[Tensor, tuple[Tensor, ...]]] = {}
         self._plans: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-        self._on(torch.device("cpu"))
 
     @classmethod
     def from_betas(cls, betas: Tensor, *, final_alpha_cumprod: float = 1.0) -> DDIMSchedule:
@@ -71,25 +77,25 @@ class DDIMSchedule:
     @classmethod
     def linear(cls, num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> DDIMSchedule:
         """Betas evenly spaced from `beta_start` to `beta_end` (Ho et al. 2020)."""
-        return cls.from_betas(torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64))
+        return cls.from_betas(_linspace(beta_start, beta_end, num_timesteps))
 
     @classmethod
     def scaled_linear(cls, num_timesteps: int, beta_start: float = 0.00085, beta_end: float = 0.012) -> DDIMSchedule:
         """Square roots of the betas evenly spaced (latent diffusion, Rombach et al. 2022)."""
-        roots = torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), num_timesteps, dtype=torch.float64)
+        roots = _linspace(math.sqrt(beta_start), math.sqrt(beta_end), num_timesteps)
         return cls.from_betas(roots.square())
 
     @classmethod
     def cosine(cls, num_timesteps: int, *, offset: float = 0.008, max_beta: float = 0.999) -> DDIMSchedule:
         """Squared-cosine cumulative alphas (Nichol and Dhariwal 2021, eq. 17), betas at most `max_beta`."""
-        time = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+        time = torch.arange(num_timesteps + 1, dtype=torch.float64, device="cpu") / num_timesteps
         bar = ((time + offset) / (1 + offset) * math.pi / 2).cos().square()
         return cls.from_betas((1 - bar[1:] / bar[:-1]).clamp(max=max_beta))
 
     @classmethod
     def sigmoid(cls, num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> DDIMSchedule:
         """Betas from `beta_start` to `beta_end` along a sigmoid of [−6, 6] (Xu et al. 2022; diffusers' "sigmoid")."""
-        rise = torch.linspace(-6, 6, num_timesteps, dtype=torch.float64).sigmoid()
+        rise = _linspace(-6, 6, num_timesteps).sigmoid()
         return cls.from_betas(beta_start + (beta_end - beta_start) * rise)
 
     @classmethod
@@ -137,11 +143,20 @@ class DDIMSchedule:
         """The table with timestep −1 first, and a 0-d tensor of every timestep, on `device`."""
         found = self._tables.get(device)
         if found is None:
+            if torch.compiler.is_compiling():  # which makes its own tensors of timesteps, and can keep nothing
+                return torch.tensor(self._values, dtype=torch.float64, device=device), (torch.empty(0),) * (
+                    len(self) + 1
+                )
             with torch.inference_mode(False):  # a table made in inference mode could never serve a gradient
                 table = torch.tensor(self._values, dtype=torch.float64, device=device)
                 found = table, torch.arange(-1, len(self), device=device).unbind()
-            self._tables[device] = found
+            if lasts(table):
+                self._tables[device] = found
         return found
+
+
+def _linspace(start: float, end: float, count: int) -> Tensor:
+    return torch.linspace(start, end, count, dtype=torch.float64, device="cpu")
 
 
 def ddim_step(
@@ -243,8 +258,12 @@ def ddim_step(
         and not eta
         and not guidance_rescale
     )
+    if clip_range is not None and type(clip_range) is not float:
+        clip_range = _range(clip_range)
     plan = None  # what was checked and computed at the first step of this kind
     if not torch.compiler.is_compiling():
+        if type(eta) is not float:
+            eta = float(eta)
         if not type(timestep) is type(prev_timestep) is int:
             timestep, prev_timestep = _on_host(timestep, sample), _on_host(prev_timestep, sample)
         settings = timestep, prev_timestep, eta, prediction_type, clip_range, use_clipped_model_output, bitwise
@@ -275,6 +294,7 @@ def ddim_step(
             ):
                 step = overload("ddim_step_out", plan[0], backend)
                 step(sample, model_output, *plan[1], prev_sample=out, pred_original_sample=None)
+                _written(out)
                 return DDIMStep(out, None)
     if plan is None:
         arguments = _plan(
@@ -420,7 +440,7 @@ def _plan(
         raise ValueError(f"eta is {eta}; give a number from 0 to 1")
     low = high = None
     if clip_range is not None:
-        ends = tuple(clip_range) if isinstance(clip_range, (tuple, list)) else (-clip_range, clip_range)
+        ends = clip_range if isinstance(clip_range, tuple) else (-clip_range, clip_range)
         if not (len(ends) == 2 and ends[0] <= ends[1]):
             raise ValueError(f"clip_range is {clip_range}; give c >= 0 or (low, high) with low <= high")
         low, high = (None if abs(end) == math.inf else float(end) for end in ends)
@@ -428,33 +448,76 @@ def _plan(
     now = _timestep("timestep", timestep, steps, sample)
     prev = _timestep("prev_timestep", prev_timestep, steps, sample)
     compiling = torch.compiler.is_compiling()
-    if not (isinstance(timestep, Tensor) or compiling):
-        alpha = schedule._values[timestep + 1]
-        if alpha == 0 and prediction_type == "epsilon":
-            raise ValueError(
-                f"timestep {timestep} has cumulative alpha 0 (zero terminal SNR), where epsilon says nothing of the "
-                "image; use a model with v_prediction or sample prediction"
-            )
-        if alpha == 1 and (prediction_type == "sample" or eta > 0 or clipped_direction):
-            raise ValueError(f"timestep {timestep} has cumulative alpha 1 (no noise), where this step is undefined")
+    if not compiling:
+        _check_levels(timestep, schedule, prediction_type, clipped_direction or eta > 0)
     kept = type(timestep) is int and type(prev_timestep) is int and not compiling
     device = sample.device.type
-    if bitwise:
-        coefficients = overload("ddim_eager_coefficients", device, "reference")
-    else:  # what is kept must not depend on who computed it
-        coefficients = overload("ddim_coefficients", device, "reference" if kept else backend)
     with torch.inference_mode(False) if not compiling else nullcontext():  # what stays must serve a gradient too
-        table = coefficients(alphas, now, prev, float(eta))
-    plan = [table, None, kind, bool(bitwise), low, high, bool(clipped_direction)]
-    for default in (False, None, None, False, 0, None):
-        if plan[-1] != default:
-            break
-        plan.pop()
-    kept = kept and type(table) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(table)
-    if kept and not isinstance(clip_range, list) and not _capturing(sample):
+        if not bitwise:
+            table = overload("ddim_coefficients", device, backend)(alphas, now, prev, float(eta))
+        elif kept:  # on the CPU, whose roots diffusers has
+            alphas, steps = schedule._on(torch.device("cpu"))
+            eager = overload("ddim_eager_coefficients", "cpu", "reference")
+            table = eager(alphas, steps[timestep + 1], steps[prev_timestep + 1], float(eta))  # type: ignore[operator]
+            table = table.to(sample.device, non_blocking=device != "cpu")
+        else:
+            table = overload("ddim_eager_coefficients", device, "reference")(alphas, now, prev, float(eta))
+    plan = op_arguments(table, kind, bitwise, low, high, clipped_direction)
+    if kept and lasts(table):
+        if len(schedule._plans) >= _MANY:
+            schedule._plans.clear()
         what = timestep, prev_timestep, eta, prediction_type, clip_range, clipped_direction, bitwise
-        schedule._plans[(*what, sample.device, sample.dtype, sample.ndim)] = device, tuple(plan)
-    return tuple(plan)
+        schedule._plans[(*what, sample.device, sample.dtype, sample.ndim)] = device, plan
+    return plan
+
+
+_MANY = 4096
+"""Plans that a schedule keeps."""
+
+
+def _check_levels(timestep: int | Tensor, schedule: DDIMSchedule, prediction_type: str, needs_noise: bool) -> None:
+    """Refuses steps that divide by zero, where looking at the timestep waits for nothing."""
+    if isinstance(timestep, Tensor):
+        if not timestep.is_cpu or timestep.numel() == 0 or type(timestep) is not Tensor:
+            return
+        levels = schedule._on(timestep.device)[0][timestep.long().reshape(-1) + 1]
+        ends = {int(timestep.reshape(-1)[i]): float(levels[i]) for i in (levels.argmin(), levels.argmax())}
+    else:
+        ends = {operator.index(timestep): schedule._values[timestep + 1]}
+    for number, alpha in ends.items():
+        if alpha == 0 and prediction_type == "epsilon":
+            raise ValueError(
+                f"timestep {number} has cumulative alpha 0 (zero terminal SNR), where epsilon says nothing of the "
+                "image; use a model with v_prediction or sample prediction"
+            )
+        if alpha == 1 and (prediction_type == "sample" or needs_noise):
+            raise ValueError(f"timestep {number} has cumulative alpha 1 (no noise), where this step is undefined")
+
+
+def _range(clip_range: Any) -> Any:
+    try:
+        return tuple(map(float, clip_range)) if isinstance(clip_range, (tuple, list)) else float(clip_range)
+    except (TypeError, ValueError):
+        raise TypeError(f"clip_range is {clip_range!r}; give a number c, or a pair (low, high)") from None
+
+
+def op_arguments(
+    table: Tensor, kind: int, bitwise: bool, low: float | None, high: float | None, clipped_direction: bool
+) -> tuple[Any, ...]:
+    """The arguments of the op from `table` to `clipped_direction`, without trailing defaults: each one takes time."""
+    arguments = [table, None, kind, bool(bitwise), low, high, bool(clipped_direction)]
+    for default in (False, None, None, False, 0, None):
+        if arguments[-1] != default:
+            break
+        arguments.pop()
+    return tuple(arguments)
+
+
+def _written(*outputs: Tensor | None) -> None:
+    """Tells autograd, which does not see a compiled kernel write."""
+    for output in outputs:
+        if output is not None and not torch.compiler.is_compiling() and not output.is_inference():
+            torch.autograd.graph.increment_version(output)
 
 
 def run_plan(
@@ -486,6 +549,7 @@ def run_plan(
     if prev.dtype == sample.dtype:
         step = overload("ddim_step_out", device, backend)
         step(sample, model_output, *plan, **more, prev_sample=prev, pred_original_sample=x0)
+        _written(prev, x0)
     else:
         result = overload("ddim_step", device, backend)(sample, model_output, *plan, **more)
         prev.copy_(result[0])
@@ -494,9 +558,15 @@ def run_plan(
     return out  # type: ignore[return-value]
 
 
-def _capturing(sample: Tensor) -> bool:
-    """Whether a CUDA graph is being captured: what is computed there has no value yet."""
-    return sample.is_cuda and torch.cuda.is_current_stream_capturing()
+def lasts(tensor: Tensor) -> bool:
+    """Whether a tensor may be kept: neither fake, nor wrapped by a transform, nor of a CUDA graph under capture."""
+    if type(tensor) is not Tensor or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False
+    try:
+        tensor.data_ptr()
+    except RuntimeError:  # a wrapper has none
+        return False
+    return True
 
 
 def _more(
@@ -569,7 +639,7 @@ def _seed(seed: int | tuple[int, int] | Tensor, device: torch.device) -> Tensor:
     if len(pair) != 2 or not all(isinstance(word, int) and 0 <= word < 2**63 for word in pair):
         raise ValueError(f"seed is {seed!r}; give an int from 0 to 2**63 − 1, or a pair (seed, offset) of such")
     if device.type == "cpu":
-        return torch.tensor(pair)
+        return torch.tensor(pair, device="cpu")
     made = torch.full((2,), pair[0], dtype=torch.int64, device=device)  # torch.tensor would wait for the device
     made[1:].fill_(pair[1])
     return made
@@ -577,6 +647,10 @@ def _seed(seed: int | tuple[int, int] | Tensor, device: torch.device) -> Tensor:
 
 def _widen(sample: Tensor, model_output: Tensor, more: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Casts mixed dtypes to what the op takes: one dtype; or float32 with bfloat16 or float16 predictions."""
+    dtype = sample.dtype
+    given = [more[key] for key in ("cond_output", "noise", "known", "known_noise") if key in more]
+    if model_output.dtype == dtype and all(tensor.dtype == dtype for tensor in given):
+        return sample, model_output
     outputs = [model_output, more["cond_output"]] if "cond_output" in more else [model_output]
     others = [key for key in ("noise", "known", "known_noise") if key in more]
     narrow = {output.dtype for output in outputs}
@@ -585,6 +659,8 @@ def _widen(sample: Tensor, model_output: Tensor, more: dict[str, Any]) -> tuple[
         wide = torch.promote_types(wide, tensor.dtype)
     if not (wide == sample.dtype == torch.float32 and len(narrow) == 1 and narrow <= {torch.bfloat16, torch.float16}):
         outputs = [output.to(wide) for output in outputs]
+    if "seed" in more and wide != sample.dtype:  # the noise is of the sample's dtype, as `normal_noise` gives it
+        more["noise"] = normal_noise(sample, more.pop("seed")).to(wide)
     for key in others:
         more[key] = more[key].to(wide)
     if len(outputs) == 2:
@@ -610,10 +686,14 @@ def _threshold(image: Tensor, setting: float | tuple[float, float]) -> Tensor:
     if size.shape[1] == 0 or size.shape[0] == 0:
         return size.new_ones(size.shape[0], dtype=torch.float64)
     # torch.quantile, with its rank in the tensor's dtype, by selection: it sorts, and refuses over 2²⁴ elements.
-    rank = torch.tensor(ratio, dtype=size.dtype) * (size.shape[1] - 1)
-    low = int(rank)
-    below, above = (size.kthvalue(min(low + i, size.shape[1]), 1).values for i in (1, 2))
+    rank = torch.tensor(ratio, dtype=size.dtype, device="cpu") * (size.shape[1] - 1)
+    low, high = int(rank), min(int(rank) + 1, size.shape[1] - 1)
+    if size.is_cuda and torch.are_deterministic_algorithms_enabled():  # which kthvalue is not
+        below, above = size.sort(1).values[:, [low, high]].unbind(1)
+    else:
+        below, above = (size.kthvalue(place + 1, 1).values for place in (low, high))
     quantile = torch.lerp(below, above, float(rank - low))
+    quantile = torch.where(size.amax(1).isnan(), math.nan, quantile)  # as the quantile has it
     return quantile.clamp(min=1).clamp(max=largest).double()
 
 
@@ -658,18 +738,12 @@ def _outputs(out: Tensor | tuple[Tensor, Tensor], sample: Tensor, dtype: torch.d
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; it must be {dtype} "
                 f"{tuple(sample.shape)} on {sample.device}, as the sample is"
             )
-        if not tensor.is_contiguous() and any(
-            stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-        ):
-            raise ValueError(f"{name} is expanded (stride 0), so its elements share memory; give it memory of its own")
+        if not tensor.is_contiguous() and folded(tensor):
+            raise ValueError(f"{name} is expanded, or its elements share memory; give it memory of its own")
     if len(pair) == 1:
         return pair[0], None
-    if not torch.compiler.is_compiling():
-        (first, end), (other_first, other_end) = span(pair[0]), span(pair[1])
-        # Where one is strided they may be interleaved, which is fine, unless both begin in the same place.
-        dense = end - first == other_end - other_first == sample.numel() * dtype.itemsize
-        if first == other_first != end or (dense and first < other_end and other_first < end):
-            raise ValueError("out[0] and out[1] share memory; give two tensors")
+    if not torch.compiler.is_compiling() and not apart(*pair):
+        raise ValueError("out[0] and out[1] share memory; give two tensors")
     return pair[0], pair[1]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ._backend import overload
 from ._ops.ddim import PREDICTION_TYPES
 from ._optional import need
-from .ddim import _capturing, _match, _widen, run_plan
+from .ddim import _match, _widen, lasts, op_arguments, run_plan
 
 diffusers: Any = need("diffusers", "diffusers")
 scheduling_ddim = need("diffusers.schedulers.scheduling_ddim", "diffusers")
@@ -42,7 +42,7 @@ class _Fused:
     follow_timesteps = False
     """Whether a step ends at the next of ``timesteps``; otherwise T // num_inference_steps away, as in diffusers."""
 
-    _listed: tuple[Any, Any] = None, None  # timesteps, and the same on the host
+    _listed: tuple[Any, Any, int] = None, None, 0  # timesteps, the same on the host, and the version of the former
     _custom = False  # whether set_timesteps got the timesteps one by one
     _up = False  # the direction of a step
     _end = ""  # the attribute with the cumulative alpha of timestep −1
@@ -113,9 +113,9 @@ class _Fused:
                 way = f"rise strictly from 0 to {last}" if self._up else f"fall strictly from {last} to 0"
                 raise ValueError(f"timesteps is {steps}; give timesteps that {way} at most")
             self._custom = True
-            self.num_inference_steps, listed = len(steps), torch.tensor(steps)
+            self.num_inference_steps, listed = len(steps), torch.tensor(steps, device="cpu")
         self.timesteps = listed.to(device)
-        self._listed = self.timesteps, listed
+        self._listed = self.timesteps, listed, _version(self.timesteps)
         if not torch.compiler.is_compiling():  # here, because a compiled step cannot keep what it makes
             device = self.timesteps.device
             self._keep((device, self.num_inference_steps), self._levels(device))
@@ -131,8 +131,9 @@ class _Fused:
             every = torch.arange(len(alphas), device=device)
             if not self._follows:
                 return table, (every - stride).clamp(min=-1)
-            of, on_host = self._listed
-            listed = _moved(on_host if of is self.timesteps else self.timesteps, device).sort().values
+            of, on_host, version = self._listed
+            same = of is self.timesteps and version == _version(of)
+            listed = _moved(on_host if same else self.timesteps, device).sort().values
             below = torch.searchsorted(listed, every)
             return table, torch.where(below > 0, listed[(below - 1).clamp(min=0)], -1)
 
@@ -145,10 +146,7 @@ class _Fused:
     def _plan(self, timestep: int | None, eta: float, clipped: bool, limit: float | None, device: torch.device) -> Plan:
         """The arguments of the op for one timestep, or with the table of all of them; made once."""
         config = self._internal_dict
-        try:
-            version = self.alphas_cumprod._version  # somebody may write into them
-        except RuntimeError:  # tensors made in inference mode count none
-            version = 0
+        version = _version(self.alphas_cumprod), _version(self.timesteps) if self._follows else 0
         # Everything that can change without __setattr__: a config takes new attributes in silence.
         settings = eta, clipped, limit, device, config.prediction_type, config.num_train_timesteps
         key = timestep, self.num_inference_steps, version, settings
@@ -187,15 +185,10 @@ class _Fused:
         if kind not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type is {kind!r}; choose one of {', '.join(PREDICTION_TYPES)}")
         low, high = (None, None) if limit is None or math.isinf(limit) else (-float(limit), float(limit))
-        arguments = [table, None, PREDICTION_TYPES[kind], bool(self.bitwise), low, high, clipped]
-        for default in (False, None, None, False, 0, None):
-            if arguments[-1] != default:
-                break
-            arguments.pop()
-        return tuple(arguments)
+        return op_arguments(table, PREDICTION_TYPES[kind], self.bitwise, low, high, clipped)
 
     def _keep(self, key: tuple, kept: tuple) -> None:
-        if type(kept[0]) is Tensor and not _capturing(kept[0]):
+        if lasts(kept[0]):
             if len(self._kept) >= _MANY:
                 self._kept.clear()
             self._kept[key] = kept
@@ -284,6 +277,11 @@ def _alike(sample: Tensor, model_output: Tensor, more: dict[str, Any]) -> tuple[
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=device.type != "cpu")  # to the CPU it would come late
+
+
+def _version(tensor: Tensor) -> int:
+    """Changes when somebody writes into the tensor, unless it was made in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _lasting() -> Any:

@@ -1,6 +1,7 @@
 # ruff: noqa: E402
 """The small diffusion model: training that survives a kill, measures against closed forms, and the command."""
 
+import inspect
 import itertools
 import json
 import math
@@ -148,6 +149,24 @@ def test_a_training_that_was_ended_goes_on_with_the_same_bits(tmp_path, monkeypa
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
 
 
+@pytest.mark.parametrize("how", ["a bit has flipped", "another version made it"])
+def test_an_unfinished_training_that_cannot_be_trusted_is_begun_anew(tmp_path, monkeypatch, how):
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(tmp_path, 5, 5, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    (path,) = tmp_path.iterdir()
+    if how == "a bit has flipped":
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    else:
+        monkeypatch.setattr("diffusers.__version__", "0")
+    steps = []
+    model = ddpm.train(images(), **ROOM, cache=tmp_path, progress=lambda *at: steps.append(at))
+    assert steps == [(done, 12) for done in range(1, 13)]
+    assert same(model, ddpm.train(images(), **ROOM, cache=False))
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -270,6 +289,32 @@ def test_nearest_neighbour_accuracy():
     assert check.nearest_neighbour_accuracy(first, second) == nearest(first, second)
     assert check.nearest_neighbour_accuracy(first, second + 5) == 1
     assert check.nearest_neighbour_accuracy(first, first + 1e-4) == 0
+
+
+def test_the_full_model():
+    """What docs/ddim.md says of Fashion-MNIST, on fewer images; only where somebody has trained it."""
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(ddpm.train).parameters.items()
+        if name in ("width", "updates", "lr", "seed")
+    }
+    for name, value in defaults.items():
+        assert inspect.signature(command.ddim).parameters[name].default == value
+    how = "run `protofast ddim` once (minutes), which caches it"
+    try:
+        real, held_out = (pf.data.load("fashion-mnist", split=split).take(slice(None)) for split in ("train", "test"))
+    except Exception as error:
+        pytest.skip(str(error))
+    path = training.cached_at(real, **defaults)
+    if not path.exists():
+        pytest.skip(f"{path} is not there: {how}")
+    model = ddpm.load(path)
+    numbers, _ = ddpm.evaluate(model, real, held_out, [10], samples=64, inverted=16)
+    (made,), (back,) = numbers["samples"], numbers["inversion"]
+    assert made["mean"] == pytest.approx(numbers["held_out"]["mean"], abs=0.1)
+    assert made["std"] == pytest.approx(numbers["held_out"]["std"], abs=0.1)
+    assert back["fixed_point"]["rmse"] < back["plain"]["rmse"] / 3
+    assert back["plain"]["rmse"] < 0.3
 
 
 # The command

@@ -436,7 +436,9 @@ def test_configurations_of_other_schedulers():
 def test_copies(duplicate):
     theirs, ours = both()
     x, m = draw(2, 5)
+    size = len(pickle.dumps(ours))
     ours.step(m, 25, x)
+    assert len(pickle.dumps(ours)) == size  # tables, which may lie on a GPU, stay here
     copied = duplicate(ours)
     copied.alphas_cumprod.mul_(0.9)
     theirs.alphas_cumprod.mul_(0.9)

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,6 +49,7 @@ class TinyVAE(torch.nn.Module):
 
 @pytest.mark.parametrize("code", blocks("python"))
 def test_snippet(code, tmp_path, monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     names = {
@@ -62,6 +64,11 @@ def test_snippet(code, tmp_path, monkeypatch):
         "prediction": torch.randn(2, 1, 8, 8),
         "points": torch.randn(200, 3),
         "unet": lambda x, t: 0.1 * x,
+        "schedule": pf.DDIMSchedule.linear(1000),
+        "image": torch.rand(2, 1, 8, 8),
+        "sample": pf.diffusion.sample,
+        "invert": pf.diffusion.invert,
+        "pipeline": SimpleNamespace(scheduler=diffusers.DDIMScheduler()),
         "generator": lambda z: torch.sigmoid(z.reshape(-1, 1, 8, 8)),
         "my_distance": lambda images, rebuilt: (images - rebuilt).abs().flatten(1).amax(1),
     }
@@ -99,6 +106,8 @@ def small(arguments: list[str], folder: Path) -> list[str]:
     ]
     if "pxgen" in arguments or "demo" in arguments:
         sized += ["--epochs", "1", "--iterations", "2", "--generations", "200"]
+    if "ddim" in arguments:
+        sized += ["--updates", "2", "--width", "8", "--steps", "2", "--samples", "20", "--inverted", "4"]
     if "bench" in arguments or "benchmarks" in line:
         sized += ["--help"]
     return sized

@@ -121,7 +121,6 @@ struct DdimLoop {
         prev = column(PREV_SIGNAL) * x0 + column(DIRECTION) * e;
       } else {
         prev = fma(splat<V>(k.sample), x, splat<V>(k.output) * m);
-        if (args.clips) prev = fma(splat<V>(k.clipped), x0, prev);
       }
       if (args.seed) {
         S rounded[WIDTH];  // as a given one is
@@ -130,6 +129,7 @@ struct DdimLoop {
       } else if (at.noise) {
         prev = mul_add(column(SIGMA), get(at.noise, u), prev);
       }
+      if (!bitwise && args.clips) prev = fma(splat<V>(k.clipped), x0, prev);  // after the noise, as in `fast`
       if (at.known) {
         V kept = get(at.known, u);
         if (at.known_noise) kept = mul_add(column(PREV_SIGNAL), kept, column(PREV_SPREAD) * get(at.known_noise, u));

@@ -80,9 +80,9 @@ __device__ inline void full_step(const DdimArgs& args, const DdimCoefficients<C>
     prev = k.column[PREV_SIGNAL] * x0 + k.column[DIRECTION] * e;
   } else {
     prev = multiply_add(k.sample, x, k.output * m);
-    if (args.clips) prev = multiply_add(k.clipped, x0, prev);
   }
   if (args.noise.data || args.seed) prev = mul_add(k.column[SIGMA], drawn, prev);
+  if (!bitwise && args.clips) prev = multiply_add(k.clipped, x0, prev);  // after the noise, as without other options
   if (args.known.data && !free)
     prev = args.known_noise.data ? mul_add(k.column[PREV_SIGNAL], known, k.column[PREV_SPREAD] * known_noise) : known;
 }

@@ -27,7 +27,8 @@ _STEP = (
 
 
 def _coefficients_fake(alphas_cumprod: Tensor, timestep: Tensor, prev_timestep: Tensor, eta: float) -> Tensor:
-    return alphas_cumprod.new_empty((max(timestep.numel(), prev_timestep.numel()), COLUMNS))
+    rows = prev_timestep.numel() if timestep.numel() == 1 else timestep.numel()
+    return alphas_cumprod.new_empty((rows, COLUMNS))
 
 
 _COEFFICIENTS = "(Tensor alphas_cumprod, Tensor timestep, Tensor prev_timestep, float eta) -> Tensor"

@@ -53,9 +53,9 @@ def evaluate(
     Returns
     -------
     numbers : dict
-        ``"held_out"`` and a list ``"samples"`` with ``mean``, ``std`` and ``nearest`` (of ``"held_out"``: the same
-        classifier on images against held-out ones), and a list ``"inversion"`` with the root mean square error over
-        all pixels and the largest of an image, ``plain`` and ``fixed_point``.
+        ``"held_out"`` and a list ``"samples"`` with ``mean``, ``std`` and ``nearest_neighbour_accuracy``, that of
+        ``"held_out"`` against images; and a list ``"inversion"``, ``plain`` and ``fixed_point``, with ``rmse`` over
+        all pixels and ``worst`` of an image. ``residual`` is the largest that `invert` reports, in the model's range.
     pictures : dict
         Tensors in [0, 1]: ``"held_out"`` and ``"inverted"``, the held-out images compared and inverted; by number of
         steps ``"samples"``, and ``"inversion"``, the pair of plain and fixed point.
@@ -119,8 +119,8 @@ def nearest_neighbour_accuracy(first: Tensor, second: Tensor) -> float:
 
 def _describe(images: Tensor, others: Tensor) -> dict[str, float]:
     count = min(len(images), len(others))  # chance is one half only for sets of one size
-    nearest = nearest_neighbour_accuracy(images[:count], others[:count])
-    return {"mean": float(images.mean()), "std": float(images.std()), "nearest": nearest}
+    accuracy = nearest_neighbour_accuracy(images[:count], others[:count])
+    return {"mean": float(images.mean()), "std": float(images.std()), "nearest_neighbour_accuracy": accuracy}
 
 
 def _pixels(x: Tensor) -> Tensor:

@@ -29,8 +29,8 @@ def ddim(
         ),
     ] = "fashion-mnist",
     steps: Annotated[str, Option(help="Numbers of DDIM steps to compare, comma-separated.")] = "10,20,50",
-    updates: Annotated[int, Option(min=1, help="Batches of 64 to train on.")] = 1200,
-    width: Annotated[int, Option(min=8, help="Channels of the first resolution, a multiple of 8.")] = 32,
+    updates: Annotated[int, Option(min=1, help="Batches of 64 to train on.")] = 2000,
+    width: Annotated[int, Option(min=8, help="Channels of the first resolution, a multiple of 8.")] = 16,
     lr: Annotated[float, Option(help="Highest learning rate.")] = 2e-3,
     samples: Annotated[int, Option(min=1, help="Images sampled, for each number of steps.")] = 500,
     inverted: Annotated[int, Option(min=1, help="Held-out images inverted and sampled again.")] = 64,
@@ -53,7 +53,7 @@ def ddim(
 
     `protofast ddim` (Fashion-MNIST)
 
-    `protofast ddim --data digits --updates 500 --width 16 --steps 5,10 --out runs/digits`
+    `protofast ddim --data digits --updates 500 --steps 5,10 --out runs/digits`
     """
     counts = _counts(steps)
     folder = out or Path("runs") / f"ddim-{Path(data).stem}"
@@ -191,18 +191,16 @@ def _sheet(groups: Sequence[tuple[str, Tensor]], rows: int) -> bytes:
 
 
 def _tell(numbers: dict[str, Any], folder: Path) -> None:
-    real = numbers["held_out"]
-    typer.echo("")
-    typer.echo(
-        f"{'':>10}  {'mean':>6}  {'std':>6}  {'1-NN':>6}   there and back, rmse: {'plain':>8}  {'fixed point':>11}"
-    )
-    typer.echo(f"{'held out':>10}  {real['mean']:6.4f}  {real['std']:6.4f}  {real['nearest']:6.3f}")
+    names = ("mean", "std", "nearest_neighbour_accuracy")
+    rows = [("held out", numbers["held_out"], "")]
     for made, back in zip(numbers["samples"], numbers["inversion"], strict=True):
-        typer.echo(
-            f"{made['steps']:>4} steps  {made['mean']:6.4f}  {made['std']:6.4f}  {made['nearest']:6.3f}   "
-            f"{'':>21} {back['plain']['rmse']:8.5f}  {back['fixed_point']['rmse']:11.5f}"
-        )
+        errors = f"{back['plain']['rmse']:8.5f}  {back['fixed_point']['rmse']:11.5f}"
+        rows.append((f"{made['steps']} steps", made, errors))
+    typer.echo(f"\n{'':>10}  {'mean':>6}  {'std':>6}  {'1-NN':>6}  {'plain':>8}  {'fixed point':>11}")
+    for title, row, errors in rows:
+        typer.echo(f"{title:>10}  " + "  ".join(f"{row[name]:6.4f}" for name in names) + f"  {errors}".rstrip())
     typer.echo(
-        "Values are in [0, 1]. 1-NN: how well nearest neighbours tell sampled from held-out images; 0.5 is chance."
+        "Values are in [0, 1]. 1-NN: how well nearest neighbours tell the images from held-out ones; 0.5 is chance.\n"
+        "plain, fixed point: root mean square error of held-out images, inverted and sampled again."
     )
     typer.echo(f"Results: {(folder / 'result.json').resolve()}")

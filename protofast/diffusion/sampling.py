@@ -212,7 +212,7 @@ def sample(
         settings={
             "timesteps": steps,
             "schedule": digest(torch.tensor(schedule._values)),
-            "eta": eta,
+            "eta": float(eta),
             "seed": (key, origin),
             "prediction_type": prediction_type,
             "clip_range": clip_range,

@@ -25,9 +25,8 @@ def assert_within(
     roundings: float,
     *,
     arithmetic: torch.dtype | None = None,
-    store: float = 1,
 ) -> float:
-    """Asserts |actual − expected| ≤ roundings · u(arithmetic) · terms + store · u(actual) · |expected|.
+    """Asserts |actual − expected| ≤ roundings · u(arithmetic) · terms + u(actual) · |expected|.
 
     `terms` is the sum of the magnitudes of the terms that were added up, `roundings` how many roundings the longest
     path through them has. The last part is the rounding of the result to its dtype, where that is the narrower one.
@@ -47,7 +46,7 @@ def assert_within(
         return 0.0
     bound = roundings * unit(arithmetic) * np.broadcast_to(terms, found.shape)[number]
     if actual.dtype != arithmetic:
-        bound = bound + store * unit(actual.dtype) * np.abs(expected[number]) * (1 + roundings * unit(arithmetic))
+        bound = bound + unit(actual.dtype) * np.abs(expected[number]) * (1 + roundings * unit(arithmetic))
     bound = bound + info.smallest_normal * info.eps  # one subnormal step
     ratio = np.abs(found[number] - expected[number]) / bound
     worst = float(ratio.max())

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,21 +24,22 @@ def _alphas(table: Tensor, timestep: Tensor, prev_timestep: Tensor) -> tuple[Ten
     return now, prev
 
 
-def _table(now: Tensor, prev: Tensor, rest: Tensor, sigma: Tensor) -> Tensor:
-    roots = [root.sqrt() for root in (now, 1 - now, prev, rest)]
-    return torch.stack([*roots, sigma, (1 - prev).sqrt()], 1).double()
+def _root(value: Tensor) -> Tensor:
+    """Rounded correctly, as the kernels have it; torch.sqrt may be a bit off on a CPU (MKL)."""
+    return torch.from_numpy(np.sqrt(value.numpy())) if value.is_cpu else value.sqrt()
 
 
 def ddim_coefficients(alphas_cumprod: Tensor, timestep: Tensor, prev_timestep: Tensor, eta: float) -> Tensor:
     """The table of `_ops.ddim.COLUMNS`, one row a pair of timesteps."""
     now, prev = _alphas(alphas_cumprod, timestep, prev_timestep)
-    if eta == 0:
-        return _table(now, prev, 1 - prev, torch.zeros_like(prev))
-    # Eq. 16 and 1 − ᾱ' − σ² in a form that cannot cancel or come out negative: added + kept = 1 for now <= prev.
-    added = ((prev - now) / (prev * (1 - now))).clamp(min=0)
-    kept = (now * (1 - prev) / (prev * (1 - now))).clamp(max=1)
-    rest = (1 - prev) * ((1 - eta) * (1 + eta) + eta * eta * kept)
-    return _table(now, prev, rest, eta * ((1 - prev) * added).sqrt())
+    sigma, rest = torch.zeros_like(prev), 1 - prev
+    if eta != 0:
+        # Eq. 16 and 1 − ᾱ' − σ² in a form that cannot cancel or come out negative: added + kept = 1 for now <= prev.
+        added = ((prev - now) / (prev * (1 - now))).clamp(min=0)
+        kept = (now * (1 - prev) / (prev * (1 - now))).clamp(max=1)
+        rest = (1 - prev) * ((1 - eta) * (1 + eta) + eta * eta * kept)
+        sigma = eta * _root((1 - prev) * added)
+    return torch.stack([_root(now), _root(1 - now), _root(prev), _root(rest), sigma, _root(1 - prev)], 1)
 
 
 def ddim_eager_coefficients(alphas_cumprod: Tensor, timestep: Tensor, prev_timestep: Tensor, eta: float) -> Tensor:
@@ -46,7 +48,8 @@ def ddim_eager_coefficients(alphas_cumprod: Tensor, timestep: Tensor, prev_times
     sigma = torch.zeros_like(prev)
     if eta != 0:
         sigma = eta * ((1 - prev) / (1 - now) * (1 - now / prev)).sqrt()
-    return _table(now, prev, 1 - prev - sigma * sigma, sigma)
+    roots = [value.sqrt() for value in (now, 1 - now, prev, 1 - prev - sigma * sigma)]
+    return torch.stack([*roots, sigma, (1 - prev).sqrt()], 1).double()
 
 
 def ddim_step(

@@ -15,7 +15,7 @@ from torch import Tensor
 from protofast._ops import ddim as _op
 from protofast._overlap import tangled
 
-from .philox import normal, philox_normal, tile
+from .philox import cast, normal, philox_normal, tile
 
 _EPSILON = tl.constexpr(_op.EPSILON)
 _SAMPLE = tl.constexpr(_op.SAMPLE)
@@ -105,7 +105,7 @@ def _clip(value, low, high):
 
 @triton.jit
 def _read(tensor, place, inside, ACC: tl.constexpr):
-    return tl.load(tensor + place, mask=inside).to(ACC)
+    return cast(tl.load(tensor + place, mask=inside), ACC)
 
 
 @triton.jit(do_not_specialize=["table_rows", "entry_stride", "rescale_stride", "threshold_stride", "rows", "split"])
@@ -155,8 +155,8 @@ def ddim_kernel(
     inside = row < rows
     # Results are rounded to ACC once; float64 tensors keep float64.
     ACC: tl.constexpr = tl.float64 if sample.dtype.element_ty == tl.float64 else tl.float32
-
     WIDTH: tl.constexpr = 128 // sample.dtype.element_ty.primitive_bitwidth
+
     index = row * entry_stride
     if entry is not None:
         index = tl.load(entry + index, mask=inside, other=0).to(tl.int64)
@@ -213,40 +213,39 @@ def ddim_kernel(
             x0 = _divide(x - spread * m, signal)
         else:
             x0 = signal * x - spread * m
-        clipped = x0
         if CLIP:
-            clipped = _clip(x0, low, high)
+            x0 = _clip(x0, low, high)
         if threshold is not None:
-            clipped = _divide(clipped, high)
+            x0 = _divide(x0, high)
 
         if not BITWISE:
             prev = s * x + o * m
             if CLIP:
-                prev += w * clipped
+                prev += w * x0
         else:
             if CLIPPED_DIRECTION:
-                e = _divide(x - signal * clipped, spread)
+                e = _divide(x - signal * x0, spread)
             elif KIND == _EPSILON:
                 e = m
             elif KIND == _SAMPLE:
                 e = _divide(x - signal * m, spread)
             else:
                 e = signal * m + spread * x
-            prev = p * clipped + q * e
+            prev = p * x0 + q * e
 
-        if seed is not None:
-            z = normal(seed, row, (start // 4 + tl.arange(0, COLS // 4))[None, :])
-            prev += sigma * z.to(sample.dtype.element_ty).to(ACC)
-        elif noise is not None:
+        if noise is not None:
             prev += sigma * _read(noise, row * noise_stride + col, here, ACC)
+        elif seed is not None:
+            z = normal(seed, row, (start // 4 + tl.arange(0, COLS // 4))[None, :])
+            prev += sigma * cast(cast(z, sample.dtype.element_ty), ACC)
         if mask is not None:
             kept = _read(known, row * known_stride + col, here, ACC)
             if known_noise is not None:
                 kept = p * kept + keep * _read(known_noise, row * known_noise_stride + col, here, ACC)
             prev = tl.where(tl.load(mask + (row * mask_stride + col), mask=here), prev, kept)
-        tl.store(prev_out + (row * prev_stride + col), prev.to(prev_out.dtype.element_ty), mask=here)
+        tl.store(prev_out + (row * prev_stride + col), cast(prev, prev_out.dtype.element_ty), mask=here)
         if x0_out is not None:
-            tl.store(x0_out + (row * x0_stride + col), clipped.to(x0_out.dtype.element_ty), mask=here)
+            tl.store(x0_out + (row * x0_stride + col), cast(x0, x0_out.dtype.element_ty), mask=here)
 
 
 def ddim_step(sample: Tensor, *inputs) -> tuple[Tensor, Tensor]:
@@ -289,9 +288,7 @@ def _launch(
         return
     shape, strides = prev_out.shape, prev_out.stride()
     dense = _dense(shape[1:], strides[1:])
-    if noise is not None:
-        seed = None
-    elif seed is not None and dense and not prev_out[:1].is_contiguous():
+    if noise is None and seed is not None and dense and not prev_out[:1].is_contiguous():
         noise, seed = philox_normal(sample, seed), None  # which counts elements in another order than memory has
     tensors: list[Tensor | None] = [sample, model_output, cond_output, noise, known, known_noise, mask]
     tensors += [prev_out, x0_out]

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from protofast.backends.reference import philox as _reference
 
+from . import _INTERPRETED
+
+_EMULATED = tl.constexpr(_INTERPRETED)
 _SQRT2 = tl.constexpr(_reference.SQRT2)
 _LN2_HIGH = tl.constexpr(_reference.LN2_HIGH)
 _LN2_LOW = tl.constexpr(_reference.LN2_LOW)
@@ -19,6 +22,19 @@ _SIN = tl.constexpr(_reference.SIN)
 _COS = tl.constexpr(_reference.COS)
 
 _TILE = 1024  # elements: 2 blocks a thread with 4 warps
+
+
+@triton.jit
+def cast(value, dtype: tl.constexpr):
+    """``value.to(dtype)``; also in the interpreter, which cuts bfloat16 off where a GPU rounds, and takes its time."""
+    if _EMULATED and dtype == tl.bfloat16:
+        bits = value.to(tl.int32, bitcast=True)
+        bits = tl.where(value == value, bits + 0x7FFF + (bits >> 16 & 1), bits)
+        return (bits >> 16).to(tl.int16).to(dtype, bitcast=True)
+    elif _EMULATED and value.dtype == tl.bfloat16:
+        return (value.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return value.to(dtype)
 
 
 @triton.jit
@@ -65,7 +81,7 @@ def normal_kernel(out, seed, rows, cols: tl.int64, split: tl.int64, ROWS: tl.con
     start = pid % split * COLS
     col = (start + tl.arange(0, COLS))[None, :]
     z = normal(seed, row, (start // 4 + tl.arange(0, COLS // 4))[None, :])
-    tl.store(out + row * cols + col, z.to(out.dtype.element_ty), mask=(row < rows) & (col < cols))
+    tl.store(out + row * cols + col, cast(z, out.dtype.element_ty), mask=(row < rows) & (col < cols))
 
 
 def tile(rows: int, cols: int, elements: int) -> tuple[int, int]:
