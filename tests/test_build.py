@@ -167,7 +167,17 @@ def test_build_info():
 @pytest.mark.parametrize("source_file", sorted((ROOT / "csrc").glob("cuda/*.cu")), ids=lambda path: path.name)
 def test_cuda_compiles_without_spills(source_file, tmp_path):
     gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
-    options = ["-std=c++20", "-O3", "-fmad=false", "-Xptxas=-v", "--threads=2", *gencode, "-c", "-o", str(tmp_path / "object.o")]
+    options = [
+        "-std=c++20",
+        "-O3",
+        "-fmad=false",
+        "-Xptxas=-v",
+        "--threads=2",
+        *gencode,
+        "-c",
+        "-o",
+        str(tmp_path / "object.o"),
+    ]
     done = subprocess.run([NVCC, *options, str(source_file)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)

@@ -293,7 +293,7 @@ def combinations(draw):
     if limit == "clip":
         options["clip_range"] = draw(st.sampled_from([0.9, (-0.5, 1.25), (-math.inf, 0.3), math.inf]))
     if limit == "threshold":
-        options["dynamic_threshold"] = draw(st.sampled_from([0.75, 0.995, (0.9, 1.5), (0.5, math.inf), (1.0, 0.8), 0]))
+        options["dynamic_threshold"] = draw(st.sampled_from([0.63, 0.99, (0.9, 1.5), (0.8, math.inf), (1.0, 0.8), 0]))
     return plan, options
 
 
@@ -397,7 +397,7 @@ def test_bitwise_is_diffusers_own_step(backend, device, interpreted, kind, dtype
             clip_sample_range=0.8,
             thresholding=limit == "threshold",
             dynamic_thresholding_ratio=0.97,
-            sample_max_value=1.5,
+            sample_max_value=100.0,
             set_alpha_to_one=to_one,
             rescale_betas_zero_snr=zero_snr,
         )
@@ -420,7 +420,7 @@ def test_bitwise_is_diffusers_own_step(backend, device, interpreted, kind, dtype
                 noise=z if eta else None,
                 prediction_type=kind,
                 clip_range=0.8 if limit == "clip" else None,
-                dynamic_threshold=(0.97, 1.5) if limit == "threshold" else None,
+                dynamic_threshold=(0.97, 100.0) if limit == "threshold" else None,
                 use_clipped_model_output=clipped,
                 bitwise=True,
                 backend=backend,
@@ -797,6 +797,8 @@ def test_dynamic_threshold(backend, device, kind):
         s = min(max(float(torch.quantile(plain[0].abs(), quantile)), 1), largest)
         assert (image[0] - plain[0].clamp(-s, s) / s).abs().max() <= 2**-22
         assert torch.equal(image[1], plain[1])
+    low = pf.ddim_step(x, m, 300, 280, SCHEDULE, dynamic_threshold=(0.9, 0.5), **options).pred_original_sample
+    assert (low - plain.clamp(-0.5, 0.5) / 0.5).abs().max() <= 2**-22  # the largest goes before the least, 1
     assert 1 - 2**-22 <= image.abs().max() <= 1  # quantile 1: the largest lies on the threshold
 
 

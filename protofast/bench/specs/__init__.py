@@ -1,12 +1,13 @@
 """Every spec, by op."""
 
 from ..spec import Spec
-from . import ddim, importing, prototype, pxgen, selection
+from . import ddim, ddim_loop, importing, prototype, pxgen, selection
 
 SPECS: dict[str, Spec] = {
     spec.op: spec
     for spec in (
         ddim.SPEC,
+        ddim_loop.SPEC,
         prototype.SPEC,
         selection.K_CENTER,
         selection.FARTHEST_PAIR,
