@@ -58,10 +58,8 @@ def use_backend(name: str) -> Iterator[None]:
 
 def overload(op: str, device: str, backend: str | None = None, *, grad: bool = True) -> torch._ops.OpOverload:
     """The overload of `op` that runs on tensors of device type `device`; without `grad`, the one autograd ignores."""
-    differentiable = op in _ops.DIFFERENTIABLE
-    if (
-        differentiable and getattr(forward_ad, "_current_level", -1) >= 0
-    ):  # torch would drop the tangents without a word
+    if getattr(forward_ad, "_current_level", -1) >= 0 and op.removesuffix("_out") in _ops.DIFFERENTIABLE:
+        # torch would drop the tangents without a word
         raise NotImplementedError(
             f"{op} has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad); use backward mode"
         )
@@ -71,7 +69,9 @@ def overload(op: str, device: str, backend: str | None = None, *, grad: bool = T
         if wanted is not None and (reason := why_not(op, device, wanted)):
             raise BackendUnavailableError(reason)
         name = wanted or _first(op, device)
-        found = getattr(getattr(torch.ops.protofast, op), name if grad or not differentiable else f"{name}_nograd")
+        if not grad and op in _ops.DIFFERENTIABLE:
+            name += "_nograd"
+        found = getattr(getattr(torch.ops.protofast, op), name)
         if not torch.compiler.is_compiling():
             _found[op, device, wanted, grad] = found
     return found

@@ -200,7 +200,8 @@ def ddim_step(
     seed : int, (int, int) or int64 Tensor of shape (2,) on the sample's device, optional
         Draws the noise within the step instead: seed and offset (0 if left out) of a counter generator. Sample n is
         number offset + n; its noise depends on that, the seed and the place in the sample alone, and has the same bits
-        on every backend. `normal_noise` returns it.
+        on every backend. `normal_noise` returns it. Give every step of a loop numbers of its own, as `diffusion.sample`
+        does: ``(seed, step << 32)``. The same noise at each step spoils the samples.
     prediction_type : {"epsilon", "sample", "v_prediction"}
     clip_range : float or (float, float), optional
         Clips the predicted image to [−c, c] or [low, high].
@@ -219,9 +220,10 @@ def ddim_step(
     known_noise : Tensor of the sample's shape, optional
         Standard normal. `known` is then a clean image and is noised to `prev_timestep`; without, it is kept as it is.
     bitwise : bool, default False
-        Every operation in the order of the eager formula, each rounded: the bits of diffusers' own step for float32 and
-        float64 on a CPU, and the same bits on every backend. Otherwise the step is one multiply-add on coefficients
-        computed in float64, which is quicker and closer to the exact result.
+        Every operation in the order of the eager formula, each rounded: for float32 and float64 the bits that
+        diffusers' step has on a CPU, with a schedule ``from_diffusers``, on every backend. (Coefficients of timesteps
+        that a GPU holds are computed there, where the square root may differ by a bit.) Otherwise the step is one
+        multiply-add on coefficients computed in float64, which is quicker and closer to the exact result.
     out : Tensor or pair of Tensors, optional
         Where to write. One tensor takes ``prev_sample`` alone (``pred_original_sample`` is then None and is not
         computed); a pair takes both. May be `sample` itself. Not differentiable.
@@ -356,7 +358,9 @@ def ddim_inverse_step(
     """One step of DDIM inversion, from `timestep` up to the noisier `next_timestep` (Song et al. 2021, sec. 4.3).
 
     It is the deterministic step taken the other way, so the arguments are those of `ddim_step` with eta 0, and
-    ``prev_sample`` of the result is the sample at `next_timestep`. ``timestep=-1`` starts from the image itself.
+    ``prev_sample`` of the result is the sample at `next_timestep`. ``timestep=-1`` starts from the image itself. The
+    prediction is one at `timestep`; the same noise or image undoes the step, while the same noise and image are
+    another v at another timestep.
 
     Examples
     --------
@@ -451,6 +455,10 @@ def _plan(
     if not compiling:
         _check_levels(timestep, schedule, prediction_type, clipped_direction or eta > 0)
     kept = type(timestep) is int and type(prev_timestep) is int and not compiling
+    if kept and eta > 0 and prev_timestep > timestep:  # type: ignore[operator]
+        raise ValueError(
+            f"prev_timestep is {prev_timestep}, above timestep {timestep}: eta has no meaning; step down, or give eta=0"
+        )
     device = sample.device.type
     with torch.inference_mode(False) if not compiling else nullcontext():  # what stays must serve a gradient too
         if not bitwise:

@@ -363,7 +363,7 @@ class DDIMScheduler(_Fused, diffusers.DDIMScheduler):
         Raises
         ------
         ValueError
-            Before `set_timesteps`, for shapes that do not match, and for a generator together with noise.
+            Before `set_timesteps`, for shapes that do not broadcast, and for a generator together with noise.
         IndexError
             For a timestep on the host outside the schedule.
 
@@ -456,14 +456,16 @@ def accelerate(pipeline: Pipeline) -> Pipeline:
     True
     """
     fused = {diffusers.DDIMScheduler: DDIMScheduler, diffusers.DDIMInverseScheduler: DDIMInverseScheduler}
-    found = {name: value for name, value in vars(pipeline).items() if isinstance(value, SchedulerMixin)}
+    found = {
+        name: value for name, value in getattr(pipeline, "__dict__", {}).items() if isinstance(value, SchedulerMixin)
+    }
     # A subclass is left alone: it may do something of its own.
     swapped = {name: value for name, value in found.items() if type(value) in fused}
     if not swapped and not any(isinstance(value, _Fused) for value in found.values()):
         has = ", ".join(f"{name} is a {type(value).__name__}" for name, value in found.items()) or "it has no scheduler"
         raise TypeError(
             f"pipeline is a {type(pipeline).__name__} in which no scheduler can be replaced ({has}); DDIMScheduler and "
-            "DDIMInverseScheduler of diffusers can. To sample by DDIM instead: "
+            "DDIMInverseScheduler of diffusers can. To sample a model of a DDPM-like schedule (DDPM, PNDM, …) by DDIM: "
             "pipeline.scheduler = protofast.diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)"
         )
     for name, value in swapped.items():

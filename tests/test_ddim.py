@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import protofast as pf
-from protofast import _ops
+from protofast import _ops, ddim
 from protofast._backend import overload, why_not
 from protofast._ops.ddim import COLUMNS, PREDICTION_TYPES
 from protofast.diffusion import normal_noise
@@ -427,6 +427,23 @@ def test_bitwise_is_diffusers_own_step(backend, device, interpreted, kind, dtype
             )
             assert_same_bits(ours.prev_sample.cpu(), theirs.prev_sample)
             assert_same_bits(ours.pred_original_sample.cpu(), theirs.pred_original_sample)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_coefficients_are_exact(backend, device, eta):
+    """Every column of every timestep, near ones too: no difference of near equals. The same bits on every backend."""
+    alphas = SCHEDULE._on(torch.device(device))[0]
+    now = torch.arange(1000, device=device)
+    for back in (1, 20, 1000):
+        prev = (now - back).clamp(min=-1)
+        table = overload("ddim_coefficients", device, backend)(alphas, now, prev, eta)
+        truth = columns(now.tolist(), prev.tolist(), SCHEDULE, eta, 1)
+        # σ: prev − now, 1 − now and their products and quotient, 1 − prev and a product; half of these 7 are left by
+        # the root, which rounds too, and eta.
+        for found, expected in zip(table.unbind(1), truth, strict=True):
+            assert_within(found, expected, expected, 6)
+        same = overload("ddim_coefficients", "cpu", "reference")(alphas.cpu(), now.cpu(), prev.cpu(), eta)
+        assert_same_bits(table.cpu(), same)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
@@ -1006,6 +1023,9 @@ BAD = {
     "out three": ({"out": (X, X, X)}, ValueError, "out has 3 parts"),
     "out grad": ({"sample": X.clone().requires_grad_(), "out": M}, ValueError, "out= cannot be used where a gradient"),
     "out leaf": ({"out": X.clone().requires_grad_()}, ValueError, "out= cannot be used where a gradient"),
+    "eta upwards": ({"prev_timestep": 600, "eta": 0.5, "noise": M}, ValueError, "prev_timestep is 600, above timestep"),
+    "clip text": ({"clip_range": "1 to 2"}, TypeError, "clip_range is '1 to 2'"),
+    "out folded": ({"out": torch.zeros(9).as_strided((2, 3), (2, 1))}, ValueError, "elements share memory"),
     "backend": ({"backend": "cuda"}, ValueError, "backend is 'cuda'; choose one of 'reference'"),
     "noise and seed": ({"eta": 0.5, "noise": M, "seed": 1}, ValueError, "noise and seed were both given"),
     "seed unused": ({"seed": 1}, ValueError, "seed was given with eta 0, where the step draws none"),
@@ -1022,6 +1042,7 @@ BAD = {
     "threshold triple": ({"dynamic_threshold": (0.9, 1.0, 2.0)}, ValueError, r"dynamic_threshold is \(0.9, 1.0, 2.0"),
     "rescale alone": ({"guidance_rescale": 0.5}, ValueError, "guidance_rescale was given without guidance_scale"),
     "rescale high": ({"guidance_rescale": 1.5, **GUIDED}, ValueError, "guidance_rescale is 1.5; give a number from 0"),
+    "rescale negative": ({"guidance_rescale": -0.5, **GUIDED}, ValueError, "guidance_rescale is -0.5; give a number"),
     "rescale nan": ({"guidance_rescale": math.nan, **GUIDED}, ValueError, "guidance_rescale is nan"),
     "known alone": ({"known": X}, ValueError, "known and mask go together"),
     "mask alone": ({"mask": MASK}, ValueError, "known and mask go together"),
@@ -1733,3 +1754,121 @@ def test_schedule_values():
 def test_bad_schedules(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+# What a review found
+
+
+@pytest.mark.parametrize("backend_name", ["reference", "native", None])
+def test_out_counts_as_a_write(backend_name):
+    """Autograd has to see that what it kept is gone."""
+    if backend_name is not None and (reason := why_not("ddim_step_out", "cpu", backend_name)):
+        pytest.skip(reason)
+    x, m = draw(2, 3)
+    weight = torch.zeros(2, 3, requires_grad=True)
+    for out in (lambda y: y, lambda y: (torch.empty_like(x), y)):
+        kept = weight.exp()
+        with torch.no_grad():
+            pf.ddim_step(x, m, 500, 480, SCHEDULE, out=out(kept.detach()), backend=backend_name)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            kept.sum().backward()
+    with torch.inference_mode():
+        pf.ddim_step(x, m, 500, 480, SCHEDULE, out=torch.empty_like(x), backend=backend_name)
+
+
+def test_works_under_another_default_device():
+    with torch.device("meta"):
+        schedules = [
+            pf.DDIMSchedule.linear(10),
+            pf.DDIMSchedule.scaled_linear(10),
+            pf.DDIMSchedule.cosine(10),
+            pf.DDIMSchedule.sigmoid(10).zero_terminal_snr(),
+        ]
+        x = torch.ones(2, 3, device="cpu")
+        pf.ddim_step(x, x, 5, 4, schedules[0], eta=0.5, seed=3, dynamic_threshold=0.9)
+    assert all(0 < float(schedule.alphas_cumprod[0]) < 1 for schedule in schedules)
+
+
+def test_a_schedule_travels_without_its_tables():
+    schedule = pf.DDIMSchedule.linear(1000)
+    x, m = draw(2, 3)
+    expected = pf.ddim_step(x, m, 500, 480, schedule)
+    data = pickle.dumps(schedule)
+    assert len(data) < 20_000
+    for other in (pickle.loads(data), copy.deepcopy(schedule)):
+        assert torch.equal(pf.ddim_step(x, m, 500, 480, other).prev_sample, expected.prev_sample)
+
+
+def test_plans_are_bounded(monkeypatch):
+    monkeypatch.setattr(ddim, "_MANY", 3)
+    schedule = pf.DDIMSchedule.linear(1000)
+    x, m = draw(2, 3)
+    for t in range(20, 30):
+        pf.ddim_step(x, m, t, t - 1, schedule)
+        assert len(schedule._plans) <= 3
+    check(pf.ddim_step(x, m, 20, 19, schedule), x, m, 20, 19, backend=None)
+
+
+def test_settings_in_tensors_are_read_anew():
+    x, m, z = draw(2, 3, count=3)
+    eta, limit = torch.tensor(0.9), torch.tensor(1.0)
+    for value in (0.9, 0.2):
+        eta.fill_(value), limit.fill_(value)
+        found = pf.ddim_step(x, m, 500, 480, SCHEDULE, eta=eta, noise=z, clip_range=(-limit, limit))
+        value = float(torch.tensor(value))
+        expected = pf.ddim_step(x, m, 500, 480, SCHEDULE, eta=value, noise=z, clip_range=value)
+        assert all(map(torch.equal, found, expected))
+
+
+def test_zero_alpha_in_a_tensor_on_the_host_is_refused():
+    schedule = SCHEDULE.zero_terminal_snr()
+    x, m = draw(2, 3)
+    with pytest.raises(ValueError, match="timestep 999 has cumulative alpha 0"):
+        pf.ddim_step(x, m, torch.tensor([999, 500]), 2, schedule)
+    with pytest.raises(ValueError, match="timestep -1 has cumulative alpha 1"):
+        pf.ddim_step(x, m, torch.tensor([-1, 500]), -1, schedule, prediction_type="sample")
+
+
+def test_coefficients_have_the_same_bits_everywhere(place):
+    """An int timestep's are kept whoever computed them, so all have to be the same."""
+    backend, device = place
+    alphas, steps = SCHEDULE._on(torch.device(device))
+    now, prev = torch.stack(steps[2:]), torch.stack(steps[1:-1])
+    for eta in (0.0, 0.3, 1.0):
+        found = overload("ddim_coefficients", device, backend)(alphas, now, prev, eta)
+        expected = overload("ddim_coefficients", "cpu", "reference")(alphas.cpu(), now.cpu(), prev.cpu(), eta)
+        assert torch.equal(found.cpu(), expected)
+
+
+def test_outputs_that_interleave_or_overlap():
+    x, m = draw(4, 3)
+    expected = pf.ddim_step(x, m, 500, 480, SCHEDULE)
+    buffer = torch.zeros(4, 8)
+    for first, second, fine in [
+        (buffer[:, :3], buffer[:, 3:6], True),
+        (buffer[:, 0:6:2], buffer[:, 1:7:2], True),
+        (buffer[:, :3], buffer[:, 2:5], False),
+        (buffer[:, :3], buffer[:, :3], False),
+        (buffer[:, 0:6:2], buffer[:, 2:8:2], False),
+    ]:
+        if fine:
+            pf.ddim_step(x, m, 500, 480, SCHEDULE, out=(first, second))
+            assert torch.equal(first, expected[0])
+            assert torch.equal(second, expected[1])
+        else:
+            with pytest.raises(ValueError, match="share memory"):
+                pf.ddim_step(x, m, 500, 480, SCHEDULE, out=(first, second))
+
+
+def test_forward_mode_is_refused_with_out():
+    x, m = draw(2, 3)
+    with forward_ad.dual_level(), torch.no_grad(), pytest.raises(NotImplementedError, match="forward-mode"):
+        pf.ddim_step(forward_ad.make_dual(x, m), m, 500, 480, SCHEDULE, out=torch.empty_like(x))
+
+
+def test_nan_spoils_the_threshold_of_its_sample_as_a_quantile_does():
+    x, m = draw(2, 30)
+    x[0, 3] = math.nan
+    result = pf.ddim_step(x, m, 500, 480, SCHEDULE, dynamic_threshold=0.9)
+    assert result.prev_sample.isnan().all(1).tolist() == [True, False]
+    assert not result.prev_sample[1].isnan().any()

@@ -1215,3 +1215,42 @@ def test_fixed_point_of_nan_is_not_solved():
 def test_invert_refuses(arguments, says):
     with pytest.raises(ValueError, match=says):
         invert(Denoiser(), images(), SCHEDULE, 3, **arguments)
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+def test_fixed_point_returns_from_pure_noise(kind):
+    """There the noise is the sample itself whatever the model says, so only the image can be solved for."""
+    schedule = SCHEDULE.zero_terminal_snr()
+
+    def model(x, t):
+        return 0.1 * torch.tanh(x)
+
+    x, residuals = images(), []
+    options = {"prediction_type": kind}
+    noise = invert(
+        *(model, x, schedule, 5),
+        **options,
+        fixed_point=200,
+        callback=lambda number, t, step: residuals.append(float(step.residual.max())),
+    )
+    back = sample(model, noise, schedule, 5, **options)
+    if max(residuals) < 1e-13:
+        assert (back - x).abs().max() < 1e-11
+    assert residuals[-1] < 1e-13
+    assert not torch.equal(invert(model, x, schedule, 5, **options), noise)
+
+
+def test_pure_noise_that_cannot_be_inverted_is_refused():
+    schedule = SCHEDULE.zero_terminal_snr()
+    with pytest.raises(ValueError, match="timestep 999 has cumulative alpha 0"):
+        invert(Denoiser(), images(), schedule, 5)
+    with pytest.raises(ValueError, match="the only step goes from the image to timestep 999"):
+        invert(Denoiser("v_prediction"), images(), schedule, 1, prediction_type="v_prediction")
+
+
+@pytest.mark.parametrize("call", [sample, invert])
+def test_wrong_schedules_and_counts_are_named(call):
+    with pytest.raises(TypeError, match="schedule is a int; give a DDIMSchedule"):
+        call(Denoiser(), images(), 5, 5)
+    with pytest.raises(TypeError, match=r"num_steps is 5\.0; give an int"):
+        call(Denoiser(), images(), SCHEDULE, 5.0)

@@ -176,8 +176,9 @@ def edge_words():
     rng = np.random.default_rng(0)
     count = 1 << 17
     small = rng.integers(0, 2**10, count) << rng.integers(0, 23, count)
-    radius = np.concatenate([rng.integers(0, 2**32, count), small, ALL - small, [0, 1, ALL]])
-    angle = np.concatenate([small, rng.integers(0, 2**32, count), small ^ 1 << 30, [0, 1 << 29, ALL]])
+    root = 3037000500 + 256 * np.arange(-500, 500)  # √½ · 2³², where the logarithm changes its form
+    radius = np.concatenate([rng.integers(0, 2**32, count), small, ALL - small, root, [0, 1, ALL]])
+    angle = np.concatenate([small, rng.integers(0, 2**32, count), small ^ 1 << 30, small[:1000], [0, 1 << 29, ALL]])
     return radius.astype(np.uint32), angle.astype(np.uint32)
 
 

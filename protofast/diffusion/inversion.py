@@ -16,7 +16,7 @@ from .._ops.ddim import PREDICTION_TYPES, columns
 from ..ddim import DDIMSchedule, DDIMStep, _rescale, ddim_inverse_step
 from .journal import digest
 from .loop import Callback, LoopStep, check_out, place, run
-from .noising import check_sample, timesteps
+from .noising import check_sample, check_schedule, timesteps
 from .predictor import Predictor
 
 
@@ -59,7 +59,8 @@ def invert(
     "Effective Real Image Editing with Accelerated Iterative Diffusion Inversion"). Where this contracts, the
     round trip comes down to round-off. Its error is measured: the residual of a sample is the root of the mean square
     of up(x_s, model(x_t, t)) − x_t over its elements, at the x_t that is returned. Each sample keeps the iterate of
-    the smallest residual and stops where that is at most `tolerance`, or falls no further.
+    the smallest residual and stops where that is at most `tolerance`, or falls no further. A residual is of its step:
+    the way back divides by √ᾱ_t, which near 0 (the end of a cosine schedule) makes much of little.
 
     Parameters
     ----------
@@ -103,6 +104,7 @@ batch_size, device, out, resume, compile, progress, backend
     True
     """
     check_sample("image", image)
+    check_schedule(schedule)
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"prediction_type is {prediction_type!r}; choose one of {', '.join(PREDICTION_TYPES)}")
     if operator.index(fixed_point) < 0:
@@ -124,13 +126,30 @@ batch_size, device, out, resume, compile, progress, backend
     split = {"image": image, **predictor.split}
     check_out(out, "image", split)
 
-    def noise_at(x: Tensor, t: int, conditions: Mapping[str, Any]) -> Tensor:
-        """The noise that the model sees in x; both halves of it under guidance, for they mix as predictions do."""
+    pure = {t for t in steps if schedule._values[t + 1] == 0}
+    if pure and prediction_type == "epsilon":
+        raise ValueError(
+            f"timestep {steps[-1]} has cumulative alpha 0 (zero terminal SNR), where epsilon says nothing of the "
+            "image; use a model with v_prediction or sample prediction"
+        )
+    if steps[0] in pure:
+        raise ValueError(
+            f"the only step goes from the image to timestep {steps[0]}, which has cumulative alpha 0 (zero terminal "
+            "SNR) and keeps nothing of it; give num_steps of 2 or more"
+        )
+
+    def predicted(x: Tensor, t: int, conditions: Mapping[str, Any]) -> Tensor:
+        """The noise that the model sees in x; both halves of it under guidance, for they mix as predictions do.
+
+        In pure noise, which is all noise whatever the model says, the image that it sees.
+        """
         output = predictor(x, t, conditions)
         if guidance_rescale and guidance_scale is not None:
             halves = output[: x.shape[0]], output[x.shape[0] :]
             factor = _rescale(*halves, guidance_scale, guidance_rescale).to(output.dtype)
             output = output * torch.cat([factor, factor]).reshape(-1, *[1] * (x.ndim - 1))
+        if t in pure:
+            return output if prediction_type == "sample" else -output
         if prediction_type == "epsilon":
             return output
         table, at = schedule._on(x.device)
@@ -147,10 +166,11 @@ batch_size, device, out, resume, compile, progress, backend
         def up(at: Tensor, target: Tensor | None = None) -> DDIMStep:
             return ddim_inverse_step(
                 x,
-                noise_at(at, t, inputs["conditions"]),
+                predicted(at, t, inputs["conditions"]),
                 now,
                 t,
                 schedule,
+                prediction_type="sample" if t in pure else "epsilon",
                 clip_range=clip_range,
                 guidance_scale=guidance_scale,
                 out=target,

@@ -44,6 +44,8 @@ def timesteps(num_steps: int, num_timesteps: int, spacing: str | Sequence[int] =
     >>> timesteps(4, 1000), timesteps(4, 1000, "leading"), timesteps(4, 1000, "linspace")
     ([999, 749, 499, 249], [750, 500, 250, 0], [999, 666, 333, 0])
     """
+    if not hasattr(num_steps, "__index__"):
+        raise TypeError(f"num_steps is {num_steps!r}; give an int")
     count, last = operator.index(num_steps), num_timesteps - 1
     if not 1 <= count <= num_timesteps:
         raise ValueError(f"num_steps is {num_steps}; give 1 to {num_timesteps}, the length of the schedule")
@@ -103,6 +105,14 @@ def add_noise(image: Tensor, noise: Tensor, timestep: int | Tensor, schedule: DD
     signal, spread = columns(overload("ddim_coefficients", image.device.type)(table, t, t, 0.0), None, image.ndim)[:2]
     work = torch.promote_types(torch.promote_types(image.dtype, noise.dtype), torch.float32)
     return (signal.to(work) * image.to(work) + spread.to(work) * noise.to(work)).to(image.dtype)
+
+
+def check_schedule(schedule: DDIMSchedule) -> None:
+    if not isinstance(schedule, DDIMSchedule):
+        raise TypeError(
+            f"schedule is a {type(schedule).__name__}; give a DDIMSchedule (DDIMSchedule.from_diffusers makes one of a "
+            "diffusers scheduler)"
+        )
 
 
 def check_sample(name: str, tensor: Tensor) -> None:

@@ -13,7 +13,7 @@ from .._backend import overload
 from ..ddim import DDIMSchedule, _more, ddim_step
 from .journal import digest
 from .loop import Callback, LoopStep, check_out, place, run
-from .noising import add_noise, check_sample, timesteps
+from .noising import add_noise, check_sample, check_schedule, timesteps
 from .predictor import Predictor
 
 
@@ -51,8 +51,8 @@ def sample(
 ) -> Tensor:
     """Images of given noise, by `num_steps` DDIM steps (Song et al. 2021, eq. 12).
 
-    No gradient is kept. The model is called as it stands: put it in ``eval()`` first. Without a callback the steps
-    are taken in place, so a model that keeps `x` for later has to copy it.
+    No gradient is kept. The model is called as it stands: put it in ``eval()`` first. It may not write to `x`. Without
+    a callback the steps are taken in place, so a model that keeps `x` for later has to copy it.
 
     Parameters
     ----------
@@ -73,7 +73,8 @@ def sample(
     seed : int or (int, int), optional
         Draws that noise within the step, by counter: sample n gets, at step k, ``normal_noise(…, (seed, k << 32 | n))``
         however the samples are split. The second number is that of the first sample here, 0 if left out: parts of a
-        run that are computed apart are those of the whole. Below 2⁶³ and 2³².
+        run that are computed apart are those of the whole. Below 2⁶³ and 2³². Not the seed of `noise` itself, if
+        `normal_noise` drew it: step 0 would get the same numbers again.
     prediction_type : {"epsilon", "sample", "v_prediction"}
     clip_range, dynamic_threshold, use_clipped_model_output, bitwise
         As in `ddim_step`.
@@ -145,6 +146,7 @@ def sample(
     [(0, 999), (0, 499), (2, 999), (2, 499)]
     """
     check_sample("noise", noise)
+    check_schedule(schedule)
     steps = timesteps(num_steps, len(schedule), spacing)
     pairs = list(zip(steps, [*steps[1:], -1], strict=True))
     where = place(noise, device)
