@@ -158,15 +158,11 @@ void check_seed(const View& seed, const View& sample) {
   STD_TORCH_CHECK(seed.dim == 1 && seed.numel == 2 && seed.strides[0] == 1, "seed must be a contiguous (2,)");
 }
 
-}  // namespace
-
-void run_ddim_step_out(const Kernels& kernels, const DdimInputs& in, const Tensor& prev_tensor,
-                       const MaybeTensor& x0_tensor) {
-  View sample(*in.sample);
+void run(const Kernels& kernels, const DdimInputs& in, View sample, const View& prev, const MaybeView& x0) {
   STD_TORCH_CHECK(sample.dim > 0, "sample must have an axis of samples");
   const int64_t samples = sample.sizes[0];
-  const View output(*in.output), table(*in.table), prev(prev_tensor);
-  const MaybeView x0 = view(x0_tensor), cond = view(in.cond), noise = view(in.noise), known = view(in.known),
+  const View output(*in.output), table(*in.table);
+  const MaybeView cond = view(in.cond), noise = view(in.noise), known = view(in.known),
                   known_noise = view(in.known_noise), mask = view(in.mask);
 
   DdimArgs args{};
@@ -280,20 +276,29 @@ void run_ddim_step_out(const Kernels& kernels, const DdimInputs& in, const Tenso
     Tensor out = wanted;
     torch::stable::copy_(out, *made);
   };
-  deliver(made_prev, prev_tensor);
-  if (x0) deliver(made_x0, *x0_tensor);
+  deliver(made_prev, *prev.tensor);
+  if (x0) deliver(made_x0, *x0->tensor);
 }
 
-std::tuple<Tensor, Tensor> run_ddim_step(const Kernels& kernels, const DdimInputs& inputs) {
-  const View sample(*inputs.sample);
-  const bool dense = sample.numel > 0 && is_dense(sample, 0);
-  const auto like_sample = [&] {
-    // torch.empty_like keeps the strides of a dense tensor; this way is the quicker one.
-    return dense ? empty(sample, sample.dim, sample.sizes, sample.strides) : torch::stable::empty_like(*inputs.sample);
-  };
-  std::tuple<Tensor, MaybeTensor> result(like_sample(), like_sample());
-  run_ddim_step_out(kernels, inputs, std::get<0>(result), std::get<1>(result));
-  return {std::move(std::get<0>(result)), *std::move(std::get<1>(result))};
+}  // namespace
+
+void run_ddim_step_out(const Kernels& kernels, const DdimInputs& in, const Tensor& prev, const MaybeTensor& x0) {
+  run(kernels, in, View(*in.sample), View(prev), view(x0));
+}
+
+std::tuple<Tensor, Tensor> run_ddim_step(const Kernels& kernels, const DdimInputs& in) {
+  const View sample(*in.sample);
+  if (sample.numel == 0 || !is_dense(sample, 0)) {  // torch.empty_like does not keep such strides
+    std::tuple<Tensor, Tensor> made(torch::stable::empty_like(*in.sample), torch::stable::empty_like(*in.sample));
+    run(kernels, in, sample, View(std::get<0>(made)), View(std::get<1>(made)));
+    return made;
+  }
+  const auto like_sample = [&] { return empty(sample, sample.dim, sample.sizes, sample.strides); };
+  std::tuple<Tensor, Tensor> made(like_sample(), like_sample());
+  View prev = sample, x0 = sample;
+  prev.tensor = &std::get<0>(made), x0.tensor = &std::get<1>(made);
+  run(kernels, in, sample, prev, x0);
+  return made;
 }
 
 Tensor run_ddim_coefficients(const Kernels& kernels, const Tensor& alphas_tensor, const Tensor& timestep_tensor,

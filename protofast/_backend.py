@@ -77,6 +77,11 @@ def overload(op: str, device: str, backend: str | None = None, *, grad: bool = T
     return found
 
 
+def unmoved() -> bool:
+    """Whether `overload` would choose by itself, and refuse nothing: a quick question."""
+    return _chosen is None and _from_environment is None and getattr(forward_ad, "_current_level", -1) < 0
+
+
 _found: dict[tuple[str, str, str | None, bool], torch._ops.OpOverload] = {}
 _from_environment = os.environ.get("PROTOFAST_BACKEND") or None
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._backend import overload
+from ._backend import overload, unmoved, why_not
 from ._ops.ddim import PREDICTION_TYPES
 from ._overlap import apart, folded
 
@@ -65,6 +65,7 @@ class DDIMSchedule:
         self._values = values
         self._tables: dict[torch.device, tuple[Tensor, tuple[Tensor, ...]]] = {}
         self._plans: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        self._quick: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
     @classmethod
     def from_betas(cls, betas: Tensor, *, final_alpha_cumprod: float = 1.0) -> DDIMSchedule:
@@ -268,36 +269,30 @@ def ddim_step(
             eta = float(eta)
         if not type(timestep) is type(prev_timestep) is int:
             timestep, prev_timestep = _on_host(timestep, sample), _on_host(prev_timestep, sample)
-        settings = timestep, prev_timestep, eta, prediction_type, clip_range, use_clipped_model_output, bitwise
-        try:
-            if type(timestep) is type(prev_timestep) is int:
-                plan = schedule._plans.get((*settings, sample.device, sample.dtype, sample.ndim))
-        except (AttributeError, TypeError):  # explained by `_plan`
-            pass
-        # What is the same needs no closer look, and the look costs as much as a small step.
-        if (
-            plan is not None
-            and plain
-            and type(model_output) is Tensor
-            and model_output.dtype is sample.dtype
-            and model_output.shape == sample.shape
-        ):
-            grad = torch.is_grad_enabled() and (sample.requires_grad or model_output.requires_grad)
-            if out is None:
-                step = overload("ddim_step", plan[0], backend, grad=grad)
-                return tuple.__new__(DDIMStep, step(sample, model_output, *plan[1]))
+        if type(timestep) is type(prev_timestep) is int and isinstance(schedule, DDIMSchedule):
+            settings = timestep, prev_timestep, eta, prediction_type, clip_range, use_clipped_model_output, bitwise
             if (
-                type(out) is Tensor
-                and out.dtype is sample.dtype
-                and out.shape == sample.shape
-                and out.device == sample.device
-                and out.is_contiguous()
-                and not (grad or out.requires_grad)
+                plain
+                and type(sample) is type(model_output) is Tensor
+                and sample.is_cpu
+                and backend is None
+                and unmoved()
             ):
-                step = overload("ddim_step_out", plan[0], backend)
-                step(sample, model_output, *plan[1], prev_sample=out, pred_original_sample=None)
-                _written(out)
-                return DDIMStep(out, None)
+                quick = schedule._quick.get(settings)
+                grad = (sample.requires_grad or model_output.requires_grad) and torch.is_grad_enabled()
+                if quick is not None and not grad:
+                    step, step_out, arguments = quick
+                    try:  # the op checks as much as it needs
+                        if out is None:
+                            return tuple.__new__(DDIMStep, step(sample, model_output, *arguments))
+                        if type(out) is Tensor and out.is_contiguous() and not out.requires_grad:
+                            step_out(sample, model_output, *arguments, prev_sample=out, pred_original_sample=None)
+                            _written(out)
+                            return DDIMStep(out, None)
+                    except RuntimeError:  # explained below
+                        pass
+            if isinstance(sample, Tensor):
+                plan = schedule._plans.get((*settings, sample.device, sample.dtype, sample.ndim))
     if plan is None:
         arguments = _plan(
             sample,
@@ -312,7 +307,7 @@ def ddim_step(
             backend,
         )
     else:
-        arguments = plan[1]
+        arguments = plan
     cond_output = None
     if guidance_scale is not None:
         model_output, cond_output = _pair(model_output, sample)
@@ -474,8 +469,13 @@ def _plan(
     if kept and lasts(table):
         if len(schedule._plans) >= _MANY:
             schedule._plans.clear()
+            schedule._quick.clear()
         what = timestep, prev_timestep, eta, prediction_type, clip_range, clipped_direction, bitwise
-        schedule._plans[(*what, sample.device, sample.dtype, sample.ndim)] = device, plan
+        schedule._plans[(*what, sample.device, sample.dtype, sample.ndim)] = plan
+        if device == "cpu" and eta == 0 and why_not("ddim_step", "cpu", "native") is None:
+            steps_of = overload("ddim_step", "cpu", "native", grad=False), overload("ddim_step_out", "cpu", "native")
+            # An overload calls its `_op` from Python, which takes as long as a third of this kernel's work.
+            schedule._quick[what] = *(getattr(step, "_op", step) for step in steps_of), plan
     return plan
 
 

@@ -1618,7 +1618,7 @@ def test_eta_at_the_last_step(backend, device, kind, last):
 def test_eta_upwards_adds_no_noise(backend, device):
     """From a noisier sample no noise can come off: σ of eq. 16 would be imaginary, and is 0."""
     x, m, z = draw(2, 3, 5, dtype=torch.float64, device=device, count=3)
-    for t, s in ((480, 500), ([480, 3], [500, 999]), (500, 500)):
+    for t, s in (([480, 480], [500, 500]), ([480, 3], [500, 999]), (500, 500)):
         result = take(x, m, t, s, eta=0.7, noise=z, backend=backend)
         check(result, x, m, t, s, backend=backend)
 

@@ -411,8 +411,8 @@ def test_an_error_is_one_clear_line_and_writes_nothing(app, data, tmp_path, argu
 
 
 @pytest.mark.parametrize("steps", ["", "ten", "0", "1001", "5,5"])
-def test_wrong_steps_end_with_two(app, tmp_path, steps):
-    result = run(app, "--data", "digits", "--steps", steps, "--out", tmp_path / "out")
+def test_wrong_steps_end_with_two(app, data, tmp_path, steps):
+    result = run(app, "--data", data, *QUICK, "--steps", steps, "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert "--steps" in result.stderr
 

@@ -120,6 +120,7 @@ template <class Run>
 void for_each_run(int64_t batch, int64_t inner, const Run& run) {
   constexpr int64_t RUN = 32768;  // elements; torch's own grain for pointwise ops
   const int64_t runs = (inner + RUN - 1) / RUN;
+  if (batch * runs == 1) return run(0, 0, inner);
   torch::stable::parallel_for(0, batch * runs, std::max<int64_t>(1, RUN / inner), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i % runs * RUN;

@@ -32,8 +32,8 @@ class Denoiser(nn.Module):
     """diffusers' UNet2DModel in ``model(x, t) → predicted noise``, with the schedule it is trained on.
 
     Three resolutions of one residual block each, with `width`, 2·`width` and 4·`width` channels. The network itself
-    predicts v = √ᾱ·noise − √(1 − ᾱ)·image (Salimans and Ho 2022), and the noise is √ᾱ·v + √(1 − ᾱ)·x: the step divides
-    an error of the noise by √ᾱ, 0.006 at the last timestep, and minutes of training leave too much of one otherwise.
+    predicts v = √ᾱ·noise − √(1 − ᾱ)·image (Salimans and Ho 2022), and the noise is √ᾱ·v + √(1 − ᾱ)·x: an error of a
+    predicted noise reaches the image divided by √ᾱ, 0.006 at the last timestep, which minutes of training cannot meet.
 
     Parameters
     ----------
