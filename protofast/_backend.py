@@ -77,9 +77,10 @@ def overload(op: str, device: str, backend: str | None = None, *, grad: bool = T
     return found
 
 
-def unmoved() -> bool:
-    """Whether `overload` would choose by itself, and refuse nothing: a quick question."""
-    return _chosen is None and _from_environment is None and getattr(forward_ad, "_current_level", -1) < 0
+def chooses(name: str, backend: str | None) -> bool:
+    """Whether `backend` of a call names a backend, or leaves the choice to `overload`; and no tangent is about."""
+    free = _chosen is None and _from_environment is None if backend is None else backend == name
+    return free and getattr(forward_ad, "_current_level", -1) < 0
 
 
 _found: dict[tuple[str, str, str | None, bool], torch._ops.OpOverload] = {}

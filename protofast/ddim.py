@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._backend import overload, unmoved, why_not
+from ._backend import chooses, overload, why_not
 from ._ops.ddim import PREDICTION_TYPES
 from ._overlap import apart, folded
 
@@ -63,7 +63,7 @@ class DDIMSchedule:
 
     def __setstate__(self, values: list[float]) -> None:
         self._values = values
-        self._tables: dict[torch.device, tuple[Tensor, tuple[Tensor, ...]]] = {}
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._plans: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         self._quick: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
@@ -140,18 +140,14 @@ class DDIMSchedule:
         """Cumulative alphas (T,), float64, on the CPU."""
         return self._on(torch.device("cpu"))[0][1:].clone()
 
-    def _on(self, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The table with timestep −1 first, and a 0-d tensor of every timestep, on `device`."""
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The table with timestep −1 first, and every timestep, on `device`."""
         found = self._tables.get(device)
         if found is None:
-            if torch.compiler.is_compiling():  # which makes its own tensors of timesteps, and can keep nothing
-                return torch.tensor(self._values, dtype=torch.float64, device=device), (torch.empty(0),) * (
-                    len(self) + 1
-                )
             with torch.inference_mode(False):  # a table made in inference mode could never serve a gradient
                 table = torch.tensor(self._values, dtype=torch.float64, device=device)
-                found = table, torch.arange(-1, len(self), device=device).unbind()
-            if lasts(table):
+                found = table, torch.arange(-1, len(self), device=device)
+            if not torch.compiler.is_compiling() and lasts(table):
                 self._tables[device] = found
         return found
 
@@ -271,13 +267,7 @@ def ddim_step(
             timestep, prev_timestep = _on_host(timestep, sample), _on_host(prev_timestep, sample)
         if type(timestep) is type(prev_timestep) is int and isinstance(schedule, DDIMSchedule):
             settings = timestep, prev_timestep, eta, prediction_type, clip_range, use_clipped_model_output, bitwise
-            if (
-                plain
-                and type(sample) is type(model_output) is Tensor
-                and sample.is_cpu
-                and backend is None
-                and unmoved()
-            ):
+            if plain and type(sample) is type(model_output) is Tensor and sample.is_cpu and chooses("native", backend):
                 quick = schedule._quick.get(settings)
                 grad = (sample.requires_grad or model_output.requires_grad) and torch.is_grad_enabled()
                 if quick is not None and not grad:
@@ -769,7 +759,7 @@ def _is_index(value: Any) -> bool:
     return isinstance(value, int) or (hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0)  # no array
 
 
-def _timestep(name: str, value: int | Tensor, steps: tuple[Tensor, ...], sample: Tensor) -> Tensor:
+def _timestep(name: str, value: int | Tensor, steps: Tensor, sample: Tensor) -> Tensor:
     last = len(steps) - 2
     if type(value) is int and -1 <= value <= last and not torch.compiler.is_compiling():
         return steps[value + 1]

@@ -103,5 +103,5 @@ SPEC = Spec(
     limits={"copy of the same bytes": lambda inputs: copy_limit(inputs.x.numel() * 4 * 4 * _STEPS, inputs.device)},
     bytes=lambda inputs: inputs.x.numel() * 4 * 4 * _STEPS,
     flops=lambda inputs: inputs.x.numel() * 6 * _STEPS,
-    targets=(Target(f"1x3x64x64 float32 {_STEPS} steps", "protofast native", "diffusers", 4),),
+    targets=(Target(f"1x3x64x64 float32 {_STEPS} steps", "protofast native", "diffusers", 2),),
 )
