@@ -1091,12 +1091,11 @@ def test_epsilon_at_zero_alpha_is_refused():
 
 
 def test_absent_backend_says_why(monkeypatch):
-    pf.ddim_step(X, M, 5, 4, SCHEDULE)  # whose plan is kept
     monkeypatch.setitem(_ops.KERNELS["ddim_step"], "native", set())
     monkeypatch.setitem(_ops.UNAVAILABLE, "native", "not built")
     monkeypatch.setattr("protofast._backend._found", {})
     with pytest.raises(pf.BackendUnavailableError, match="backend 'native' is not available: not built"):
-        pf.ddim_step(X, M, 5, 4, SCHEDULE, backend="native")
+        pf.ddim_step(X, M, 5, 4, pf.DDIMSchedule.linear(10), backend="native")
 
 
 def test_a_backend_asked_for_once_is_not_kept(monkeypatch):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tempfile
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,9 +17,12 @@ _TIMED = "import sys, time; {before}start = time.perf_counter(); {code}; print(t
 def _fresh(code: str, before: str = "") -> Prepare:
     """Seconds that `code` takes in a new interpreter, after `before`, by that interpreter's own clock."""
     program = _TIMED.format(code=code, before=before)
+    compiled = tempfile.TemporaryDirectory()  # the first import fills it, as an installation would
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": compiled.name}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
 
     def call() -> float:
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"a fresh interpreter failed: {done.stderr.strip().splitlines()[-1:]}")
         return float(done.stdout.split()[-1])
