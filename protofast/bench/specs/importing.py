@@ -18,10 +18,10 @@ def _fresh(code: str, before: str = "") -> Prepare:
     """Seconds that `code` takes in a new interpreter, after `before`, by that interpreter's own clock."""
     program = _TIMED.format(code=code, before=before)
     compiled = tempfile.TemporaryDirectory()  # the first import fills it, as an installation would
-    environment = {**os.environ, "PYTHONPYCACHEPREFIX": compiled.name}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
 
     def call() -> float:
+        environment = {**os.environ, "PYTHONPYCACHEPREFIX": compiled.name}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
         done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"a fresh interpreter failed: {done.stderr.strip().splitlines()[-1:]}")
