@@ -111,7 +111,10 @@ def test_native_install(source):
         cwd=source.parent,
         PYTHONPATH=str(source.parent / "target"),
     )
-    assert done.stdout.strip() == "{'ddim_step': ['cpu'], 'ddim_step_out': ['cpu']}"
+    assert (
+        done.stdout.strip()
+        == "{'ddim_step': ['cpu'], 'ddim_step_out': ['cpu'], 'ddim_coefficients': ['cpu'], 'philox_normal': ['cpu']}"
+    )
 
 
 def test_failing_compiler_is_an_error(source):

@@ -261,7 +261,7 @@ def test_step_is_exact(backend, device, interpreted, kind, dtype):
     steps = [(500, 480), (999, 0), (20, -1), ([999, 500, 3], [980, 499, -1]), (700, [600, 699, -1]), ([400, 5, 6], 4)]
     clips = (None, 0.9, (-0.5, 1.25), (-math.inf, 0.3))
     every = list(itertools.product(steps, (0.0, 0.3, 1.0), clips, (None, 7.5)))
-    for (t, s), eta, clip, scale in every[::5] if interpreted else every:
+    for (t, s), eta, clip, scale in every[::11] if interpreted else every:
         m = u if scale is None else (u, v)
         options = {"eta": eta, "noise": z if eta else None, "clip_range": clip, "guidance_scale": scale}
         options |= {"prediction_type": kind, "backend": backend}
@@ -335,7 +335,7 @@ def interpreted(place):
 
 
 def examples(interpreted):
-    return settings(max_examples=12 if interpreted else 100)
+    return settings(max_examples=10 if interpreted else 80)
 
 
 def for_any_combination(function):
@@ -406,7 +406,7 @@ def test_bitwise_is_diffusers_own_step(backend, device, interpreted, kind, dtype
         last = [] if zero_snr and kind == "epsilon" else [999]
         x, m, z = draw(batch, 3, 5, 3, dtype=dtype, device=device, count=3)
         steps = list(itertools.product([*last, 980, 500, 20, 0], (0.0, 0.3, 1.0), (False, True)))
-        for t, eta, clipped in steps[::5] if interpreted else steps:
+        for t, eta, clipped in steps[::7] if interpreted else steps:
             theirs = scheduler.step(
                 m.cpu(), t, x.cpu(), eta, use_clipped_model_output=clipped, variance_noise=z.cpu() if eta else None
             )
@@ -841,10 +841,11 @@ def test_guidance_rescale(backend, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bitwise", [False, True])
-def test_known_pixels(backend, device, dtype, bitwise):
+def test_known_pixels(backend, device, interpreted, dtype, bitwise):
     x, m, known, noise = draw(2, 3, 4, 5, dtype=dtype, device=device, count=4)
     step = {"schedule": SCHEDULE, "bitwise": bitwise, "backend": backend}
-    for shape in ((2, 3, 4, 5), (1, 1, 4, 5), (2, 1, 4, 5), (4, 5), (3, 1, 1), (1,), ()):
+    shapes = (2, 3, 4, 5), (1, 1, 4, 5), (2, 1, 4, 5), (4, 5), (3, 1, 1), (1,), ()
+    for shape in shapes[1::3] if interpreted else shapes:
         mask = torch.rand(shape, device=device) < 0.5
         free = mask.expand(x.shape)
         plain = pf.ddim_step(x, m, 20, 10, **step)
@@ -1284,20 +1285,20 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_gradients(backend, device, interpreted, kind, case):
     """First and second, by differences; also through the deviations of a rescale and the quantile of a threshold."""
-    if interpreted and (case, kind) != ("all", "epsilon"):
-        pytest.skip("hundreds of steps, interpreted; the gradient is every backend's")
-    tensors = draw(2, 6, dtype=torch.float64, device=device, count=6)
+    if backend != "reference" and (case != "all" or (interpreted and kind != "epsilon")):
+        pytest.skip("hundreds of steps; the gradient is every backend's")
+    tensors = draw(2, 4, dtype=torch.float64, device=device, count=6)
     for tensor in tensors[:3]:
-        tensor[1] *= 0.05  # its threshold is 1
+        tensor *= torch.tensor([[2.0], [0.05]], dtype=torch.float64, device=device)
     t = torch.tensor([300, 3], device=device)
 
     def step(x, *others):
         m, options = CASES[case](*others)
         return pf.ddim_step(x, m, t, t - 1, SCHEDULE, **options, prediction_type=kind, backend=backend)
 
-    if "threshold" in case:
-        limits = step(*tensors).pred_original_sample.abs().amax(1)
-        assert (limits[0] > 0.999) == (limits[0] > limits[1])
+    if "threshold" in case:  # which is above 1 in the first sample alone
+        plain = pf.ddim_step(*tensors[:2], t, t - 1, SCHEDULE, prediction_type=kind).pred_original_sample
+        assert torch.quantile(plain[0].abs(), 0.7) > 1 > plain[1].abs().max()
     inputs = [tensor.requires_grad_() for tensor in tensors]
     assert torch.autograd.gradcheck(step, inputs, fast_mode=interpreted)
     assert torch.autograd.gradgradcheck(step, inputs, fast_mode=interpreted)
@@ -1379,10 +1380,10 @@ def test_compiles_once_for_all_timesteps(backend, device, compiler):
     assert all(f"ddim_step.{backend}" in str(graph.code) for graph in counter.graphs)
 
 
-@pytest.mark.parametrize("case", ["seed", "clipped direction", "threshold with a largest", "known", "bitwise", "all"])
+@pytest.mark.parametrize("case", ["seed", "clipped direction", "threshold with a largest", "bitwise", "all"])
 def test_compiles_with_every_option(backend, device, case):
     """In one graph, forward and backward, and written in place, with the bits of the eager step."""
-    if backend != "reference" and case not in ("seed", "all"):
+    if backend != "reference" and case != "all":
         pytest.skip("what is traced is the same on every backend")
     torch._dynamo.reset()
     tensors = draw(2, 3, 4, device=device, count=6)
