@@ -62,7 +62,7 @@ class DDIMSchedule:
         return self._values
 
     def __setstate__(self, values: list[float]) -> None:
-        self._values = values
+        self._values, self._pure = values, 0.0 in values
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._plans: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         self._quick: dict[tuple[Any, ...], tuple[Any, ...]] = {}
@@ -318,10 +318,7 @@ def ddim_step(
         result = run_plan(sample, model_output, arguments, more, dynamic_threshold, backend)
         return DDIMStep._make(result if sample.dtype == dtype else [tensor.to(dtype) for tensor in result])
     outputs = _outputs(out, sample, dtype)
-    if torch.is_grad_enabled() and any(
-        isinstance(tensor, Tensor) and tensor.requires_grad
-        for tensor in (sample, model_output, *more.values(), *outputs)
-    ):
+    if _differentiates(sample, model_output, *more.values(), *outputs):
         raise ValueError("out= cannot be used where a gradient is needed; leave it out, or use torch.no_grad()")
     run_plan(sample, model_output, arguments, more, dynamic_threshold, backend, outputs)
     return DDIMStep(*outputs)
@@ -415,11 +412,7 @@ def _plan(
     """The arguments of the op from `table` to `clipped_direction`, checked, without trailing defaults."""
     if not isinstance(sample, Tensor):
         raise TypeError(f"sample is a {type(sample).__name__}; give a torch tensor")
-    if not isinstance(schedule, DDIMSchedule):
-        raise TypeError(
-            f"schedule is a {type(schedule).__name__}; give a DDIMSchedule (DDIMSchedule.from_diffusers makes one of a "
-            "diffusers scheduler)"
-        )
+    check_schedule(schedule)
     if not (sample.dtype.is_floating_point and sample.ndim):
         raise TypeError(f"sample is {sample.dtype} of shape {tuple(sample.shape)}; give floating point (B, ...)")
     kind = PREDICTION_TYPES.get(prediction_type)
@@ -438,7 +431,7 @@ def _plan(
     prev = _timestep("prev_timestep", prev_timestep, steps, sample)
     compiling = torch.compiler.is_compiling()
     if not compiling:
-        _check_levels(timestep, schedule, prediction_type, clipped_direction or eta > 0)
+        check_levels(timestep, schedule, prediction_type, clipped_direction or eta > 0)
     kept = type(timestep) is int and type(prev_timestep) is int and not compiling
     if kept and eta > 0 and prev_timestep > timestep:  # type: ignore[operator]
         raise ValueError(
@@ -473,11 +466,21 @@ _MANY = 4096
 """Plans that a schedule keeps."""
 
 
-def _check_levels(timestep: int | Tensor, schedule: DDIMSchedule, prediction_type: str, needs_noise: bool) -> None:
+def check_schedule(schedule: Any) -> None:
+    if not isinstance(schedule, DDIMSchedule):
+        raise TypeError(
+            f"schedule is a {type(schedule).__name__}; give a DDIMSchedule (DDIMSchedule.from_diffusers makes one of a "
+            "diffusers scheduler)"
+        )
+
+
+def check_levels(timestep: int | Tensor, schedule: DDIMSchedule, prediction_type: str, needs_noise: bool) -> None:
     """Refuses steps that divide by zero, where looking at the timestep waits for nothing."""
     if isinstance(timestep, Tensor):
         if not timestep.is_cpu or timestep.numel() == 0 or type(timestep) is not Tensor:
             return
+        if not needs_noise and prediction_type != "sample" and (prediction_type != "epsilon" or not schedule._pure):
+            return  # no level is out of the question, and the look takes longer than a small step
         levels = schedule._on(timestep.device)[0][timestep.long().reshape(-1) + 1]
         ends = {int(timestep.reshape(-1)[i]): float(levels[i]) for i in (levels.argmin(), levels.argmax())}
     else:
@@ -511,6 +514,10 @@ def op_arguments(
     return tuple(arguments)
 
 
+def _differentiates(*arguments: Any) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(given, Tensor) and given.requires_grad for given in arguments)
+
+
 def _written(*outputs: Tensor | None) -> None:
     """Tells autograd, which does not see a compiled kernel write."""
     for output in outputs:
@@ -534,14 +541,7 @@ def run_plan(
         image = overload("ddim_step", device, backend)(sample, model_output, *plan, **given)[1]
         more = {**more, "threshold": _threshold(image, dynamic_threshold)}
     if out is None:
-        grad = torch.compiler.is_compiling() or (
-            torch.is_grad_enabled()
-            and (
-                sample.requires_grad
-                or model_output.requires_grad
-                or any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in more.values())
-            )
-        )
+        grad = torch.compiler.is_compiling() or _differentiates(sample, model_output, *more.values())
         return overload("ddim_step", device, backend, grad=grad)(sample, model_output, *plan, **more)
     prev, x0 = out
     if prev.dtype == sample.dtype:
@@ -761,8 +761,6 @@ def _is_index(value: Any) -> bool:
 
 def _timestep(name: str, value: int | Tensor, steps: Tensor, sample: Tensor) -> Tensor:
     last = len(steps) - 2
-    if type(value) is int and -1 <= value <= last and not torch.compiler.is_compiling():
-        return steps[value + 1]
     if isinstance(value, Tensor):
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"{name} is a {value.dtype} tensor; give integers")

@@ -5,7 +5,6 @@ constexpr int UNROLL = 4;
 template <class S, class M>
 struct DdimLoop {
   using Sample = Memory<S>;
-  using Output = Memory<M>;
   using C = typename Sample::Compute;
   using V = Vector<C>;
   static constexpr int WIDTH = Sample::WIDTH;

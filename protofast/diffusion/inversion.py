@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .._backend import overload
 from .._ops.ddim import PREDICTION_TYPES, columns
-from ..ddim import DDIMSchedule, DDIMStep, _rescale, ddim_inverse_step
+from ..ddim import DDIMSchedule, DDIMStep, _rescale, check_levels, check_schedule, ddim_inverse_step
 from .journal import digest
 from .loop import Callback, LoopStep, check_out, place, run
-from .noising import check_sample, check_schedule, timesteps
+from .noising import check_sample, timesteps
 from .predictor import Predictor
 
 
@@ -127,11 +127,8 @@ batch_size, device, out, resume, compile, progress, backend
     check_out(out, "image", split)
 
     pure = {t for t in steps if schedule._values[t + 1] == 0}
-    if pure and prediction_type == "epsilon":
-        raise ValueError(
-            f"timestep {steps[-1]} has cumulative alpha 0 (zero terminal SNR), where epsilon says nothing of the "
-            "image; use a model with v_prediction or sample prediction"
-        )
+    for t in pure:
+        check_levels(t, schedule, prediction_type, False)
     if steps[0] in pure:
         raise ValueError(
             f"the only step goes from the image to timestep {steps[0]}, which has cumulative alpha 0 (zero terminal "

@@ -107,14 +107,6 @@ def add_noise(image: Tensor, noise: Tensor, timestep: int | Tensor, schedule: DD
     return (signal.to(work) * image.to(work) + spread.to(work) * noise.to(work)).to(image.dtype)
 
 
-def check_schedule(schedule: DDIMSchedule) -> None:
-    if not isinstance(schedule, DDIMSchedule):
-        raise TypeError(
-            f"schedule is a {type(schedule).__name__}; give a DDIMSchedule (DDIMSchedule.from_diffusers makes one of a "
-            "diffusers scheduler)"
-        )
-
-
 def check_sample(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; give a Tensor (B, ...)")
