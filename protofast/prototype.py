@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from ._backend import overload
-from ._ops.prototype import METRICS, PRECISIONS, patch_grid
+from ._ops.prototype import ACTIVATIONS, METRICS, NONE, PRECISIONS, activate, patch_grid
 
-ACTIVATIONS = ("log", "linear", "exp", "reciprocal")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -38,6 +37,7 @@ def prototype_distance(
     topk: int = 1,
     mask: Tensor | None = None,
     precision: str = "auto",
+    verify: bool = False,
     backend: str | None = None,
 ) -> PrototypeDistance:
     """Distance of each prototype to its nearest patch of each sample, and which patch that is.
@@ -85,18 +85,8 @@ def prototype_distance(
     >>> distance, index
     (tensor([[0.]]), tensor([[5]]))
     """
-    features, prototypes = _checked(features, prototypes, metric)
-    if mask is not None:
-        _check_mask(mask, features)
-    patches = math.prod(patch_grid(features, prototypes))
-    if isinstance(topk, bool) or not isinstance(topk, int):
-        raise TypeError(f"topk is {topk!r}; give an integer")
-    if not 1 <= topk <= patches:
-        raise ValueError(f"topk is {topk}; features has {patches} patches, so give a number from 1 to {patches}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; choose one of {', '.join(map(repr, PRECISIONS))}")
-    run = overload("prototype_distance", features.device.type, backend)
-    return PrototypeDistance(*run(features, prototypes, mask, METRICS.index(metric), topk, precision))
+    _, distance, index = _run(features, prototypes, metric, NONE, 1.0, topk, mask, precision, verify, backend)
+    return PrototypeDistance(distance, index)
 
 
 def prototype_activation(
@@ -109,6 +99,7 @@ def prototype_activation(
     topk: int = 1,
     mask: Tensor | None = None,
     precision: str = "auto",
+    verify: bool = False,
     backend: str | None = None,
 ) -> PrototypeActivation:
     """Activation of each prototype on each sample: how near its nearest patch comes (Chen et al. 2019, eq. 1).
@@ -142,10 +133,9 @@ def prototype_activation(
     tensor([[9.2103]])
     """
     _check_activation(activation, eps)
-    distance, index = prototype_distance(
-        features, prototypes, metric=metric, topk=topk, mask=mask, precision=precision, backend=backend
-    )
-    return PrototypeActivation(_activate(distance, activation, eps), distance, index)
+    kind = ACTIVATIONS.index(activation)
+    activated, distance, index = _run(features, prototypes, metric, kind, eps, topk, mask, precision, verify, backend)
+    return PrototypeActivation(distance if activation is None else activated, distance, index)
 
 
 def prototype_map(
@@ -185,25 +175,53 @@ def prototype_map(
     features, prototypes = _checked(features, prototypes, metric)
     _check_activation(activation, eps)
     distance = overload("prototype_map", features.device.type, backend)(features, prototypes, METRICS.index(metric))
-    return _activate(distance, activation, eps)
+    return activate(distance, ACTIVATIONS.index(activation), eps)
 
 
-def _activate(distance: Tensor, activation: str | None, eps: float) -> Tensor:
-    if activation == "log":
-        # log((d + 1) / (d + eps)), exact to rounding for large d as well, and 0 at +inf
-        return torch.log1p((1 - eps) / (distance + eps))
-    if activation == "linear":
-        return -distance
-    if activation == "exp":
-        return torch.exp(-distance)
-    if activation == "reciprocal":
-        return 1 / (distance + 1)
-    return distance
+def _run(
+    features: Tensor,
+    prototypes: Tensor,
+    metric: str,
+    activation: int,
+    eps: float,
+    topk: int,
+    mask: Tensor | None,
+    precision: str,
+    verify: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    features, prototypes = _checked(features, prototypes, metric)
+    if mask is not None:
+        _check_mask(mask, features)
+    patches = math.prod(patch_grid(features, prototypes))
+    if isinstance(topk, bool) or not isinstance(topk, int):
+        raise TypeError(f"topk is {topk!r}; give an integer")
+    if not 1 <= topk <= patches:
+        raise ValueError(f"topk is {topk}; features has {patches} patches, so give a number from 1 to {patches}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; choose one of {', '.join(map(repr, PRECISIONS))}")
+    if not isinstance(verify, bool):
+        raise TypeError(f"verify is {verify!r}; give True or False")
+    grad = torch.is_grad_enabled() and (features.requires_grad or prototypes.requires_grad)
+    run = overload("prototype_activation", features.device.type, backend, grad=grad)
+    return run(
+        features,
+        prototypes,
+        mask,
+        METRICS.index(metric),
+        activation,
+        float(eps),
+        topk,
+        PRECISIONS.index(precision),
+        verify,
+    )
 
 
 def _check_activation(activation: str | None, eps: float) -> None:
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; choose one of {', '.join(map(repr, ACTIVATIONS))}, or None")
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation is {activation!r}; choose one of {', '.join(map(repr, ACTIVATIONS[1:]))}, or None"
+        )
     if not 0 < eps < math.inf:
         raise ValueError(f"eps is {eps}; give a number above 0, such as 1e-4")
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import protofast as pf
-from protofast._ops.prototype import METRICS, PRECISIONS, patch_pixels
+from protofast._ops.prototype import EXP, METRICS, PRECISIONS, patch_pixels, winner_gradients
 from protofast.backends.reference import prototype as reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -449,9 +449,10 @@ def test_slope_of_the_log_is_right_down_to_distance_zero(dtype):
     eps = 1e-4
     for shift in (0.0, 1e-6, 1e-3, 0.1, 10.0, 1e5):
         x = torch.full((1, 1, 1), shift, dtype=dtype, requires_grad=True)
-        a, d, _ = pf.prototype_activation(x, torch.zeros(1, 1, dtype=dtype), metric="euclidean")
+        p = torch.full((1, 1), -1, dtype=dtype)
+        a, d, _ = pf.prototype_activation(x, p, metric="dot")  # d = x
         assert a.item() == pytest.approx(math.log1p((1 - eps) / (d.item() + eps)), rel=1e-6)
-        (slope,) = torch.autograd.grad(a, d)
+        (slope,) = torch.autograd.grad(a, x)
         assert slope.item() == pytest.approx(-(1 - eps) / ((d.item() + 1) * (d.item() + eps)), rel=1e-6)
 
 
@@ -505,20 +506,19 @@ def test_backward_touches_the_winners_alone(metric):
     base = torch.randn(batch, channels, 40, 40)
     p = torch.randn(count, channels)
     for x in (base, base[:, :, 1:-1, 2:-2]):
-        q = p.clone().requires_grad_()
-        d = pf.prototype_distance(x, q, metric=metric).distance
+        d, index = pf.prototype_distance(x, p, metric=metric)
+        to = (torch.ones_like(d), None, x, p, d, index, METRICS.index(metric), EXP, 1.0, 1)
         with _Watch() as seen:
-            d.sum().backward()
-        assert q.grad.abs().sum() > 0
+            none, to_p = winner_gradients(*to, False, True)
+        assert none.numel() == 0
+        assert to_p.abs().sum() > 0
         assert seen.largest <= batch * channels * count
         assert not any("scatter" in op for op in seen.ops)
-        y = x.detach().requires_grad_()
-        d = pf.prototype_distance(y, p, metric=metric).distance
         with _Watch() as seen:
-            (g,) = torch.autograd.grad(d.sum(), y)
+            to_x, none = winner_gradients(*to, True, False)
+        assert none.numel() == 0
         assert sum("scatter" in op for op in seen.ops) == 1
-        assert sum("prototype_distance" in op for op in seen.ops) == 0
-        assert (g.abs().sum(1) > 0).sum() <= batch * count
+        assert (to_x.abs().sum(1) > 0).sum() <= batch * count
 
 
 @pytest.mark.parametrize(("kernel", "product"), [((), False), ((2, 2), True)])
@@ -528,7 +528,7 @@ def test_forward_memory_is_bounded(kernel, product, monkeypatch):
     x, p = torch.randn(2, 50, 7, 11), torch.randn(8, 50, *kernel)
     metric = METRICS.index("cosine" if product else "euclidean")
     with _Watch() as seen:
-        d, _ = reference.prototype_distance(x, p, None, metric, 2, "auto")
+        _, d, _ = reference.prototype_activation(x, p, None, metric, 0, 1.0, 2, 0, False)
     assert 512 <= seen.largest <= 1024 + d.numel()
     with _Watch() as seen:
         out = reference.prototype_map(x, p, metric)
@@ -569,9 +569,14 @@ def test_scatter_adds_repeated_pixels():
 def test_opcheck_distance():
     x, p = torch.randn(2, 3, 4, requires_grad=True), torch.randn(4, 3, 2, requires_grad=True)
     mask = torch.rand(2, 4) > 0.1
-    opcheck(torch.ops.protofast.prototype_distance.reference, (x, p, mask, METRICS.index("euclidean"), 2, "auto"))
+    opcheck(
+        torch.ops.protofast.prototype_activation.reference,
+        (x, p, mask, METRICS.index("euclidean"), 0, 1.0, 2, 0, False),
+    )
     half = [t.detach().bfloat16().requires_grad_() for t in (x, p)]
-    opcheck(torch.ops.protofast.prototype_distance.reference, (*half, None, METRICS.index("cosine"), 1, "tf32"))
+    opcheck(
+        torch.ops.protofast.prototype_activation.reference, (*half, None, METRICS.index("cosine"), 1, 1e-4, 1, 3, True)
+    )
 
 
 def test_opcheck_map_and_scatter():

@@ -45,10 +45,27 @@ def define(
         torch.library.register_fake(qualname, fake)
         if backward is not None:
             DIFFERENTIABLE.add(name)
-            torch.library.register_autograd(qualname, backward, setup_context=setup_context)
+            torch.library.register_autograd(qualname, backward, setup_context=_remember(backend, setup_context))
             torch.library.define(f"{qualname}_nograd", schema)
             torch.library.register_fake(f"{qualname}_nograd", fake)
             _library.impl(f"{name}.{backend}_nograd", torch.library.fallthrough_kernel, "Autograd")
+
+
+def _remember(backend: str, setup_context: Callable[..., None] | None) -> Callable[..., None]:
+    """`setup_context`, with the backend of the forward pass left in ``ctx.backend`` for the backward."""
+
+    def setup(ctx, inputs, output) -> None:
+        ctx.backend = backend
+        if setup_context is not None:
+            setup_context(ctx, inputs, output)
+
+    return setup
+
+
+def same_backend(name: str, backend: str, device: str) -> torch._ops.OpOverload:
+    """The overload of op `name` for a backward on `device` whose forward ran on `backend`, or the reference's."""
+    there = not KERNELS[name].get(backend, set()).isdisjoint((device, "default"))
+    return getattr(getattr(torch.ops.protofast, name), backend if there else "reference")
 
 
 def implement(name: str, backend: str, devices: Iterable[str], kernel: Callable[..., Any]) -> None:

@@ -1,7 +1,8 @@
 """Prototype distance (Chen et al. 2019, eq. 1): schemas, fake kernels and gradients.
 
-`metric` is an index into METRICS. A patch index is flat, row-major over the grid of valid windows; -1 marks "no
-patch" (all masked) and carries no gradient. A window is masked when any pixel of it is.
+`metric`, `activation` and `precision` are indices into METRICS, ACTIVATIONS and PRECISIONS. A patch index is flat,
+row-major over the grid of valid windows; -1 marks "no patch" (all masked) and carries no gradient. A window is masked
+when any pixel of it is.
 """
 
 import itertools
@@ -12,11 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import define
+from . import define, same_backend
 
 METRICS = ("sqeuclidean", "euclidean", "cosine", "dot")
 SQEUCLIDEAN, EUCLIDEAN, COSINE, DOT = range(4)
+ACTIVATIONS = (None, "log", "linear", "exp", "reciprocal")
+NONE, LOG, LINEAR, EXP, RECIPROCAL = range(5)
 PRECISIONS = ("auto", "ieee", "tf32x3", "tf32", "bf16")
+AUTO, IEEE, TF32X3, TF32, BF16 = range(5)
 
 
 def kernel_size(features: Tensor, prototypes: Tensor) -> list[int]:
@@ -63,69 +67,178 @@ def _norm(value: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     return torch.where(there, torch.where(there, square, 1).sqrt(), 0)
 
 
-# --- distance to the nearest patches ---------------------------------------------------------------------------
+# --- activations -----------------------------------------------------------------------------------------------
 
 
-def _fake_distance(features, prototypes, mask, metric, topk, precision):
+def activate(distance: Tensor, activation: int, eps: float) -> Tensor:
+    if activation == LOG:
+        # log((d + 1) / (d + eps)), exact to rounding for large d as well, and 0 at +inf
+        return torch.log1p((1 - eps) / (distance + eps))
+    if activation == LINEAR:
+        return -distance
+    if activation == EXP:
+        return torch.exp(-distance)
+    if activation == RECIPROCAL:
+        return 1 / (distance + 1)
+    return distance
+
+
+def _slope(distance: Tensor, activation: int, eps: float) -> Tensor | float:
+    """Derivative of the activation by the distance."""
+    if activation == LOG:
+        return (eps - 1) / ((distance + 1) * (distance + eps))
+    if activation == LINEAR:
+        return -1.0
+    if activation == EXP:
+        return -torch.exp(-distance)
+    return -(distance + 1).square().reciprocal()
+
+
+# --- activation of, and distance to, the nearest patches -------------------------------------------------------
+
+
+def _fake_activation(features, prototypes, mask, metric, activation, eps, topk, precision, verify):
     shape = (features.shape[0], prototypes.shape[0]) + ((topk,) if topk > 1 else ())
-    return features.new_empty(shape, dtype=result_dtype(features)), features.new_empty(shape, dtype=torch.int64)
+    distance = features.new_empty(shape, dtype=result_dtype(features))
+    activated = distance.new_empty(0 if activation == NONE else shape)
+    return activated, distance, features.new_empty(shape, dtype=torch.int64)
 
 
-def _setup_distance(ctx, inputs, output) -> None:
-    features, prototypes, _, ctx.metric, ctx.topk, _ = inputs
-    ctx.save_for_backward(features, prototypes, *output)
-    ctx.mark_non_differentiable(output[1])
+def _setup_activation(ctx, inputs, output) -> None:
+    features, prototypes, _, ctx.metric, ctx.activation, ctx.eps, ctx.topk, _, _ = inputs
+    ctx.save_for_backward(features, prototypes, *output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[2])
 
 
-def _backward_distance(ctx, grad, _):
-    """Touches the winners alone, O(B·P·m·D), and is itself differentiable."""
+def _backward_activation(ctx, grad_activation, grad_distance, _):
     features, prototypes, distance, index = ctx.saved_tensors
+    want_x, want_p = ctx.needs_input_grad[:2]
+    if ctx.activation == NONE:
+        grad_activation = None
+    if grad_activation is None and grad_distance is None:
+        return (None,) * 9
+    # Under create_graph the formulas, which torch can differentiate again; else one kernel.
+    run = (
+        winner_gradients
+        if torch.is_grad_enabled()
+        else same_backend("prototype_backward", ctx.backend, features.device.type)
+    )
+    to_x, to_p = run(
+        grad_activation,
+        grad_distance,
+        features,
+        prototypes,
+        distance,
+        index,
+        ctx.metric,
+        ctx.activation,
+        ctx.eps,
+        ctx.topk,
+        want_x,
+        want_p,
+    )
+    return to_x if want_x else None, to_p if want_p else None, *((None,) * 7)
+
+
+define(
+    "prototype_activation",
+    "(Tensor features, Tensor prototypes, Tensor? mask, int metric, int activation, float eps, int topk, "
+    "int precision, bool verify) -> (Tensor, Tensor, Tensor)",
+    _fake_activation,
+    setup_context=_setup_activation,
+    backward=_backward_activation,
+)
+
+
+def winner_gradients(
+    grad_activation: Tensor | None,
+    grad_distance: Tensor | None,
+    features: Tensor,
+    prototypes: Tensor,
+    distance: Tensor,
+    index: Tensor,
+    metric: int,
+    activation: int,
+    eps: float,
+    topk: int,
+    to_features: bool,
+    to_prototypes: bool,
+) -> tuple[Tensor, Tensor]:
+    """Both gradients, or an empty tensor for one that is not wanted. Touches the winners alone, O(B·P·m·D), and is
+    itself differentiable."""
     batch, channels, *sizes = features.shape
-    count, topk, work = prototypes.shape[0], ctx.topk, distance.dtype
+    count, work = prototypes.shape[0], distance.dtype
     kernel = kernel_size(features, prototypes)
     axes = (batch, count, topk, 1, 1)
-    distance, grad, index = distance.reshape(axes), grad.reshape(axes), index.reshape(axes)
+    distance, index = distance.reshape(axes), index.reshape(axes)
     chosen = index >= 0
+    # What is not chosen becomes a finite 0 at once, so that no NaN of it reaches a second derivative.
+    distance = torch.where(chosen, distance, 0)
+    grad: Any = 0
+    if grad_distance is not None:
+        grad = torch.where(chosen, grad_distance.reshape(axes), 0)
+    if grad_activation is not None:
+        grad = grad + torch.where(chosen, grad_activation.reshape(axes), 0) * _slope(distance, activation, eps)
     coordinates = patch_pixels(index[..., 0, 0], sizes, kernel)
     sample = torch.arange(batch, device=index.device).reshape(batch, 1, 1, 1)
     # Indexing the axes one by one copies no more than the winners, whatever the strides of the features.
-    x = features[(sample, slice(None), *coordinates)].to(work)  # (B, P, m, K, D)
-    # What is not chosen becomes a finite 0 at once, so that no NaN of it reaches a second derivative.
-    x, grad, distance = (torch.where(chosen, value, 0) for value in (x, grad, distance))
+    place: Any = (sample, slice(None), *coordinates)
+    x = features[place].to(work)  # (B, P, m, K, D)
+    x = torch.where(chosen, x, 0)
     p = prototypes.to(work).reshape(count, 1, channels, math.prod(kernel)).transpose(2, 3)  # (P, 1, K, D)
     to_x: Any
     to_p: Any
-    want_x, want_p = ctx.needs_input_grad[:2]
-    if ctx.metric == DOT:
+    if metric == DOT:
         to_x, to_p = -grad * p, -grad * x
-    elif ctx.metric == COSINE:
+    elif metric == COSINE:
         inverse_x, inverse_p = _invert(_norm(x, (3, 4))), _invert(_norm(p, (2, 3)))
         unit_x, unit_p, cos = x * inverse_x, p * inverse_p, 1 - distance
-        to_x = grad * inverse_x * (cos * unit_x - unit_p) if want_x else None
-        to_p = grad * inverse_p * (cos * unit_p - unit_x) if want_p else None
+        to_x = grad * inverse_x * (cos * unit_x - unit_p) if to_features else None
+        to_p = grad * inverse_p * (cos * unit_p - unit_x) if to_prototypes else None
     else:
-        to_x = grad * (2 if ctx.metric == SQEUCLIDEAN else _invert(distance)) * (x - p)
+        to_x = grad * (2 if metric == SQEUCLIDEAN else _invert(distance)) * (x - p)
         to_p = -to_x
-    grad_features = grad_prototypes = None
-    if want_x:
+    grad_features = grad_prototypes = distance.new_empty(0)
+    if to_features:
         rows = torch.where(chosen, to_x, 0).flatten(1, 3)
         pixel = torch.zeros_like(coordinates[0])
         for size, coordinate in zip(sizes, coordinates, strict=True):
             pixel = pixel * size + coordinate
         total = torch.ops.protofast.prototype_scatter.reference(rows, pixel.flatten(1), math.prod(sizes))
         grad_features = total.reshape(features.shape).to(features.dtype)
-    if want_p:
+    if to_prototypes:
         total = torch.where(chosen, to_p, 0).sum((0, 2)).transpose(1, 2)  # (P, D, K)
         grad_prototypes = total.reshape(prototypes.shape).to(prototypes.dtype)
-    return grad_features, grad_prototypes, None, None, None, None
+    return grad_features, grad_prototypes
+
+
+def _fake_backward(
+    grad_activation,
+    grad_distance,
+    features,
+    prototypes,
+    distance,
+    index,
+    metric,
+    activation,
+    eps,
+    topk,
+    to_features,
+    to_prototypes,
+):
+    return (
+        features.new_empty(features.shape if to_features else 0),
+        prototypes.new_empty(prototypes.shape if to_prototypes else 0),
+    )
 
 
 define(
-    "prototype_distance",
-    "(Tensor features, Tensor prototypes, Tensor? mask, int metric, int topk, str precision) -> (Tensor, Tensor)",
-    _fake_distance,
-    setup_context=_setup_distance,
-    backward=_backward_distance,
+    "prototype_backward",
+    "(Tensor? grad_activation, Tensor? grad_distance, Tensor features, Tensor prototypes, Tensor distance, "
+    "Tensor index, int metric, int activation, float eps, int topk, bool to_features, bool to_prototypes) "
+    "-> (Tensor, Tensor)",
+    _fake_backward,
 )
 
 

@@ -12,7 +12,18 @@ import torch
 from torch import Tensor
 
 from protofast._ops import implement
-from protofast._ops.prototype import COSINE, DOT, EUCLIDEAN, kernel_size, patch_grid, result_dtype, windows
+from protofast._ops.prototype import (
+    COSINE,
+    DOT,
+    EUCLIDEAN,
+    NONE,
+    activate,
+    kernel_size,
+    patch_grid,
+    result_dtype,
+    windows,
+    winner_gradients,
+)
 
 _ELEMENTS = 1 << 18  # float64 numbers in the largest temporary: 2 MiB, which caches hold
 _RUN = 512  # patches in a block
@@ -95,10 +106,18 @@ def _scores(
             yield rows, columns, first, box, score
 
 
-def prototype_distance(
-    features: Tensor, prototypes: Tensor, mask: Tensor | None, metric: int, topk: int, precision: str
-) -> tuple[Tensor, Tensor]:
-    """Exact whatever the precision."""
+def prototype_activation(
+    features: Tensor,
+    prototypes: Tensor,
+    mask: Tensor | None,
+    metric: int,
+    activation: int,
+    eps: float,
+    topk: int,
+    precision: int,
+    verify: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Exact whatever the precision, so there is nothing to verify."""
     shape = (features.shape[0], prototypes.shape[0], topk)
     best = features.new_full(shape, math.inf, dtype=torch.float64)
     index = features.new_full(shape, -1, dtype=torch.int64)
@@ -128,8 +147,10 @@ def prototype_distance(
     best = torch.where(best >= _LARGEST, math.inf, best)
     if metric == EUCLIDEAN:
         best.sqrt_()
+    if topk == 1:
+        best, index = best[..., 0].contiguous(), index[..., 0].contiguous()
     best = best.to(result_dtype(features))
-    return (best[..., 0].contiguous(), index[..., 0].contiguous()) if topk == 1 else (best, index)
+    return best.new_empty(0) if activation == NONE else activate(best, activation, eps), best, index
 
 
 def prototype_map(features: Tensor, prototypes: Tensor, metric: int) -> Tensor:
@@ -155,6 +176,7 @@ def prototype_scatter(rows: Tensor, pixel: Tensor, pixels: int) -> Tensor:
     return out
 
 
-implement("prototype_distance", "reference", ["default"], prototype_distance)
+implement("prototype_activation", "reference", ["default"], prototype_activation)
+implement("prototype_backward", "reference", ["default"], winner_gradients)
 implement("prototype_map", "reference", ["default"], prototype_map)
 implement("prototype_scatter", "reference", ["default"], prototype_scatter)
