@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "dtype.h"
+
 #ifdef __CUDACC__
 #define HOST_DEVICE __host__ __device__
 #else
@@ -17,8 +19,6 @@ enum Prediction : int64_t { EPSILON, SAMPLE, V_PREDICTION };  // numbered as in 
 
 // The columns of a table, as there.
 enum Column { SIGNAL, SPREAD, PREV_SIGNAL, DIRECTION, SIGMA, PREV_SPREAD, COLUMNS };
-
-enum class Dtype { f32, f64, bf16, f16 };
 
 // Element i of batch entry n lies at data[n * stride + i]. A null `data` is an absent operand.
 struct Operand {

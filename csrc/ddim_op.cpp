@@ -9,73 +9,6 @@
 namespace protofast {
 namespace {
 
-// What torch is asked of a tensor, asked once: each question is a call into its library, and those of a small step
-// took longer than its kernel.
-struct View {
-  explicit View(const Tensor& tensor) : tensor(&tensor) {
-    int64_t* from;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor.get(), &dim));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &from));
-    sizes = from;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &from));
-    strides = from;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device_type));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &device));
-    for (int64_t axis = 0; axis < dim; ++axis) numel *= sizes[axis];
-  }
-
-  void* data() const { return tensor->data_ptr(); }
-
-  const Tensor* tensor;
-  int64_t dim = 0, numel = 1;
-  const int64_t *sizes = nullptr, *strides = nullptr;
-  int32_t dtype = 0, device_type = 0, device = 0;
-};
-
-using MaybeView = std::optional<View>;
-
-MaybeView view(const MaybeTensor& tensor) { return tensor ? MaybeView(View(*tensor)) : std::nullopt; }
-
-// The numbers that torch gives its dtypes.
-struct Numbers {
-  int32_t f32 = aoti_torch_dtype_float32(), f64 = aoti_torch_dtype_float64(), bf16 = aoti_torch_dtype_bfloat16(),
-          f16 = aoti_torch_dtype_float16(), int64 = aoti_torch_dtype_int64(), boolean = aoti_torch_dtype_bool();
-};
-
-const Numbers& numbers() {
-  static const Numbers all;
-  return all;
-}
-
-Dtype dtype_of(const View& tensor) {
-  if (tensor.dtype == numbers().f32) return Dtype::f32;
-  if (tensor.dtype == numbers().f64) return Dtype::f64;
-  if (tensor.dtype == numbers().bf16) return Dtype::bf16;
-  if (tensor.dtype == numbers().f16) return Dtype::f16;
-  throw std::runtime_error("ddim_step: tensors must be float32, float64, bfloat16 or float16");
-}
-
-Tensor empty(const View& like, int64_t dim, const int64_t* sizes, const int64_t* strides) {
-  AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, like.dtype, like.device_type, like.device, &made));
-  return Tensor(made);
-}
-
-// Do axes first, first + 1, … cover a block of memory without holes or overlap?
-bool is_dense(const View& tensor, int64_t first) {
-  int64_t expected = 1, left = 0;
-  for (int64_t axis = first; axis < tensor.dim; ++axis) left += tensor.sizes[axis] != 1;
-  for (; left > 0; --left) {
-    int64_t axis = tensor.dim - 1;  // the usual order first
-    while (axis >= first && (tensor.sizes[axis] == 1 || tensor.strides[axis] != expected)) --axis;
-    if (axis < first) return false;
-    expected *= tensor.sizes[axis];
-  }
-  return true;
-}
-
 // Are the elements of each sample in row-major order?
 bool is_row_major(const View& tensor) {
   int64_t expected = 1;
@@ -117,8 +50,6 @@ struct Layout {
   const View& sample;
   int64_t first, batch, inner;
 };
-
-size_t bytes(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
 // Do an output and an input share memory in any other way than element by element?
 bool overlaps(const Operand& out, size_t out_bytes, const Operand& in, size_t in_bytes, const Layout& layout) {

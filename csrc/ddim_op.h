@@ -8,11 +8,9 @@
 #include <tuple>
 
 #include "ddim.h"
+#include "view.h"
 
 namespace protofast {
-
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
 
 struct Kernels {
   void (*step)(const DdimArgs&);

@@ -18,7 +18,8 @@ py::dict build_info() {
   devices.append("cuda");
 #endif
   py::dict kernels;
-  for (const char* op : {"ddim_step", "ddim_step_out", "ddim_coefficients", "philox_normal"})
+  for (const char* op : {"ddim_step", "ddim_step_out", "ddim_coefficients", "philox_normal", "prototype_activation",
+                         "prototype_backward", "prototype_map"})
     kernels[op] = devices.attr("copy")();
 
   const auto version = [](unsigned long long packed) {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._backend import overload
-from ._ops.prototype import ACTIVATIONS, METRICS, NONE, PRECISIONS, activate, patch_grid
+from ._ops.prototype import ACTIVATIONS, METRICS, NONE, PRECISIONS, activate, kernel_size, patch_grid, patch_mask
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -193,6 +193,7 @@ def _run(
     features, prototypes = _checked(features, prototypes, metric)
     if mask is not None:
         _check_mask(mask, features)
+        mask = patch_mask(mask, patch_grid(features, prototypes), kernel_size(features, prototypes))
     patches = math.prod(patch_grid(features, prototypes))
     if isinstance(topk, bool) or not isinstance(topk, int):
         raise TypeError(f"topk is {topk!r}; give an integer")

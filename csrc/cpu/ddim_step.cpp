@@ -96,7 +96,7 @@ namespace avx512 {
 
 #ifdef __x86_64__
 #define BEST(...) \
-  (cpu_isa() == Isa::avx512 ? &avx512::__VA_ARGS__ : cpu_isa() == Isa::avx2 ? &avx2::__VA_ARGS__ : &plain::__VA_ARGS__)
+  (cpu_isa() >= Isa::avx512 ? &avx512::__VA_ARGS__ : cpu_isa() == Isa::avx2 ? &avx2::__VA_ARGS__ : &plain::__VA_ARGS__)
 #else
 #define BEST(...) (&plain::__VA_ARGS__)
 #endif

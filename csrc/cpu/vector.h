@@ -63,6 +63,17 @@ INLINE V splat(T value) {
   return V{} + value;
 }
 
+// All lanes the same, to the bit.
+template <class V, class T, size_t... I>
+INLINE V broadcast(T value, std::index_sequence<I...>) {
+  return V{(static_cast<void>(I), value)...};
+}
+
+template <class V, class T = std::remove_reference_t<decltype(V{}[0])>>
+INLINE V broadcast(std::type_identity_t<T> value) {
+  return broadcast<V, T>(value, std::make_index_sequence<sizeof(V) / sizeof(T)>());
+}
+
 // Lanes of a and b in turn: of their lower halves, or of their upper.
 template <int half, class V, size_t... I>
 INLINE V zip(V a, V b, std::index_sequence<I...>) {
@@ -70,7 +81,8 @@ INLINE V zip(V a, V b, std::index_sequence<I...>) {
 #ifdef __clang__
   return __builtin_shufflevector(a, b, (I % 2 * L + half * L / 2 + I / 2)...);
 #else
-  return __builtin_shuffle(a, b, typename VectorOf<int32_t, sizeof(V)>::type{(I % 2 * L + half * L / 2 + I / 2)...});
+  using Lane = std::conditional_t<sizeof(V) / L == 8, int64_t, int32_t>;
+  return __builtin_shuffle(a, b, typename VectorOf<Lane, sizeof(V)>::type{(I % 2 * L + half * L / 2 + I / 2)...});
 #endif
 }
 

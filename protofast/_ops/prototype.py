@@ -1,8 +1,8 @@
 """Prototype distance (Chen et al. 2019, eq. 1): schemas, fake kernels and gradients.
 
 `metric`, `activation` and `precision` are indices into METRICS, ACTIVATIONS and PRECISIONS. A patch index is flat,
-row-major over the grid of valid windows; -1 marks "no patch" (all masked) and carries no gradient. A window is masked
-when any pixel of it is.
+row-major over the grid of valid windows; -1 marks "no patch" (all masked) and carries no gradient. `mask` in an op is
+contiguous, (B, *grid), True where a patch may win.
 """
 
 import itertools
@@ -41,6 +41,15 @@ def windows(grid: list[int], kernel: list[int]) -> Iterator[tuple[slice, ...]]:
     """For each pixel of the window in row-major order, the slices of the features it takes as the window moves."""
     for offset in itertools.product(*(range(k) for k in kernel)):
         yield tuple(slice(o, o + g) for o, g in zip(offset, grid, strict=True))
+
+
+def patch_mask(mask: Tensor, grid: list[int], kernel: list[int]) -> Tensor:
+    """(B, *grid): whether every pixel of a window is allowed by `mask` (B, *S)."""
+    allowed = None
+    for window in windows(grid, kernel):
+        seen = mask[(slice(None), *window)]
+        allowed = seen if allowed is None else allowed & seen
+    return (mask if allowed is None else allowed).contiguous()
 
 
 def patch_pixels(index: Tensor, sizes: list[int], kernel: list[int]) -> list[Tensor]:

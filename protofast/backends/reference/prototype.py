@@ -121,18 +121,12 @@ def prototype_activation(
     shape = (features.shape[0], prototypes.shape[0], topk)
     best = features.new_full(shape, math.inf, dtype=torch.float64)
     index = features.new_full(shape, -1, dtype=torch.int64)
-    kernel = kernel_size(features, prototypes)
     for rows, columns, first, box, score in _scores(features, prototypes, metric):
         # A patch that may win comes before any that may not, even at distance +inf.
         score.clamp_(max=_LARGEST)
         at = torch.arange(first, first + score.shape[2], device=index.device).expand_as(score)
         if mask is not None:
-            reach = tuple(slice(s.start, s.stop + k - 1) for s, k in zip(box, kernel, strict=True))
-            seen = mask[(rows, *reach)]
-            allowed = seen.new_ones((), dtype=torch.bool)
-            for window in windows([s.stop - s.start for s in box], kernel):
-                allowed = allowed & seen[(slice(None), *window)]
-            allowed = allowed.reshape(-1, 1, score.shape[2])
+            allowed = mask[(rows, *box)].reshape(-1, 1, score.shape[2])
             # What `best` starts with is as far, and comes first: so these never get in.
             score = torch.where(allowed, score, math.inf)
         score = torch.cat([best[rows, columns], score], 2)

@@ -1,0 +1,185 @@
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "../prototype_op.h"
+#include "isa.h"
+#include "prototype_plan.h"
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+#define INLINE_LAMBDA __attribute__((always_inline))
+
+namespace protofast {
+namespace {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+// How gradients are divided among threads, and what they share.
+struct GradientPlan {
+  int64_t window, padded, groups;  // pixels of a window; channels, filled up; groups of samples
+  const void* p;                   // prototypes (prototype, pixel, padded channel)
+  void* to_p;                      // their gradient, (group, prototype, pixel, padded channel)
+  void* factors;                   // of each winner
+};
+
+// One copy of the loops for each instruction set.
+#define VECTOR_BYTES 16
+namespace plain {
+#include "vector.h"
+//
+#include "prototype_loop.h"
+//
+#include "prototype_gradient.h"
+}  // namespace plain
+#undef VECTOR_BYTES
+
+#ifdef __x86_64__
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define VECTOR_BYTES 32
+namespace avx2 {
+#include "vector.h"
+//
+#include "prototype_loop.h"
+//
+#include "prototype_gradient.h"
+}  // namespace avx2
+#undef VECTOR_BYTES
+#ifdef __clang__
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")
+#endif
+#define VECTOR_BYTES 64
+namespace avx512 {
+#include "vector.h"
+//
+#include "prototype_loop.h"
+//
+#include "prototype_gradient.h"
+}  // namespace avx512
+#undef VECTOR_BYTES
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // __x86_64__
+
+#ifdef __x86_64__
+#define BEST(...) \
+  (cpu_isa() >= Isa::avx512 ? &avx512::__VA_ARGS__ : cpu_isa() == Isa::avx2 ? &avx2::__VA_ARGS__ : &plain::__VA_ARGS__)
+#define BEST_VALUE(...) \
+  (cpu_isa() >= Isa::avx512 ? avx512::__VA_ARGS__ : cpu_isa() == Isa::avx2 ? avx2::__VA_ARGS__ : plain::__VA_ARGS__)
+#else
+#define BEST(...) (&plain::__VA_ARGS__)
+#define BEST_VALUE(...) (plain::__VA_ARGS__)
+#endif
+
+template <class T>
+using RealOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+int64_t thread_count() {
+  uint32_t count = 1;
+  TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&count));
+  return std::max<int64_t>(1, count);
+}
+
+template <class T>
+void search_typed(const PrototypeSearch& args) {
+  using Real = RealOf<T>;
+  const PrototypeShape& shape = args.shape;
+  const SearchPlan plan(shape, thread_count(), BEST_VALUE(panel_size<Real>()), BEST_VALUE(ROWS));
+  const int64_t rows = shape.samples * shape.prototypes, winners = plan.parts * rows * shape.topk;
+  const Winners found{static_cast<double*>(args.scratch(winners * sizeof(double))),
+                      static_cast<int64_t*>(args.scratch(winners * sizeof(int64_t))), shape.topk};
+  // Products of bfloat16 are exact in float32, so that is what `auto` takes for bfloat16 tensors.
+  const bool pairs = cpu_isa() == Isa::avx512bf16 && sizeof(Real) == 4 &&
+                     (args.precision == BF16 || (args.precision == AUTO && std::is_same_v<T, BFloat16>));
+  const auto search = BEST(search_tasks<T>);
+  torch::stable::parallel_for(0, plan.tasks(), 1,
+                              [&](int64_t begin, int64_t end) { search(args, plan, found, pairs, begin, end); });
+  const auto write = BEST(finish<Real>);
+  torch::stable::parallel_for(0, rows, 4096,
+                              [&](int64_t begin, int64_t end) { write(args, found, plan.parts, begin, end); });
+}
+
+template <class T>
+void map_typed(const PrototypeMap& args) {
+  using Real = RealOf<T>;
+  const SearchPlan plan(args.shape, thread_count(), BEST_VALUE(panel_size<Real>()), BEST_VALUE(ROWS));
+  const auto map = BEST(map_tasks<T>);
+  torch::stable::parallel_for(0, plan.tasks(), 1, [&](int64_t begin, int64_t end) { map(args, plan, begin, end); });
+}
+
+template <class T>
+void gradient_typed(const PrototypeGradient& args) {
+  using Real = RealOf<T>;
+  const PrototypeShape& shape = args.shape;
+  const int64_t lanes = BEST_VALUE(LANES<Real>), run = lanes * BEST_VALUE(CHANNELS);
+  GradientPlan plan{};
+  plan.window = shape.window();
+  plan.padded = (shape.channels + lanes - 1) / lanes * lanes;
+  const int64_t runs = (plan.padded + run - 1) / run, rows = shape.prototypes * plan.window;
+  // A number that the shape fixes, so that the sums do not depend on the threads.
+  plan.groups = std::clamp<int64_t>(8 / runs, 1, shape.samples);
+  plan.factors = args.scratch(shape.samples * shape.prototypes * shape.topk * 3 * sizeof(Real));
+  const bool as_is = std::is_same_v<T, Real> && plan.window == 1 && plan.padded == shape.channels;
+  plan.p = as_is ? args.p : args.scratch(rows * plan.padded * sizeof(Real));
+  if (args.to_p) plan.to_p = as_is && plan.groups == 1 ? args.to_p : args.scratch(plan.groups * rows * plan.padded * sizeof(Real));
+  const auto parallel = [&](int64_t count, auto work) {
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { work(args, plan, begin, end); });
+  };
+  parallel(shape.samples, BEST(winner_factors<T>));
+  if (!as_is) parallel(shape.prototypes, BEST(unpack_prototypes<T>));
+  parallel(runs * plan.groups, BEST(gradient_items<T>));
+  if (args.to_p && plan.to_p != args.to_p) parallel(shape.prototypes, BEST(pack_gradient<T>));
+}
+
+template <class Args, void (*f32)(const Args&), void (*f64)(const Args&), void (*bf16)(const Args&),
+          void (*f16)(const Args&)>
+void typed(const Args& args) {
+  switch (args.dtype) {
+    case Dtype::f32:
+      return f32(args);
+    case Dtype::f64:
+      return f64(args);
+    case Dtype::bf16:
+      return bf16(args);
+    case Dtype::f16:
+      return f16(args);
+  }
+}
+
+constexpr PrototypeKernels KERNELS{
+    &typed<PrototypeSearch, search_typed<float>, search_typed<double>, search_typed<BFloat16>, search_typed<Half>>,
+    &typed<PrototypeGradient, gradient_typed<float>, gradient_typed<double>, gradient_typed<BFloat16>,
+           gradient_typed<Half>>,
+    &typed<PrototypeMap, map_typed<float>, map_typed<double>, map_typed<BFloat16>, map_typed<Half>>};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(protofast, CPU, m) { register_prototype<KERNELS>(m); }
+
+}  // namespace protofast
