@@ -15,11 +15,13 @@ Isa detect() {
     best = Isa::avx2;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))
-      best = __builtin_cpu_supports("avx512bf16") ? Isa::avx512bf16 : Isa::avx512;
+      best = !__builtin_cpu_supports("avx512vnni")   ? Isa::avx512
+             : __builtin_cpu_supports("avx512bf16") ? Isa::avx512bf16
+                                                    : Isa::avx512vnni;
   }
 #endif
   if (const char* wanted = std::getenv("PROTOFAST_CPU_ISA"))
-    for (Isa isa : {Isa::plain, Isa::avx2, Isa::avx512, Isa::avx512bf16})
+    for (Isa isa : {Isa::plain, Isa::avx2, Isa::avx512, Isa::avx512vnni, Isa::avx512bf16})
       if (std::strcmp(wanted, name(isa)) == 0) best = std::min(best, isa);
   return best;
 }
@@ -35,6 +37,8 @@ const char* name(Isa isa) {
   switch (isa) {
     case Isa::avx512bf16:
       return "avx512bf16";
+    case Isa::avx512vnni:
+      return "avx512vnni";
     case Isa::avx512:
       return "avx512";
     case Isa::avx2:

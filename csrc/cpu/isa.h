@@ -3,9 +3,9 @@
 
 namespace protofast {
 
-enum class Isa { plain, avx2, avx512, avx512bf16 };
+enum class Isa { plain, avx2, avx512, avx512vnni, avx512bf16 };
 
-// The best this processor has. The environment variable PROTOFAST_CPU_ISA (plain, avx2, avx512, avx512bf16) can lower it: the
+// The best this processor has. The environment variable PROTOFAST_CPU_ISA (plain, avx2, avx512, avx512vnni, avx512bf16) can lower it: the
 // tests run every variant that way.
 Isa cpu_isa();
 

@@ -106,6 +106,20 @@ int64_t thread_count() {
   return std::max<int64_t>(1, count);
 }
 
+// Bytes find the winner of the direct form, and so need no precision; what they cannot do, or a processor lacks, is
+// done in float32.
+template <class T>
+Screen screen(const PrototypeSearch& args) {
+  constexpr int64_t MOST = 60000;  // products of bytes that 32 bits hold
+  const Isa isa = cpu_isa();
+  if (sizeof(RealOf<T>) == 8) return Screen::real;
+  if (args.precision == BF16 && isa >= Isa::avx512bf16) return Screen::pairs;
+  if (args.precision == AUTO && isa >= Isa::avx512vnni && args.shape.topk == 1 &&
+      args.shape.channels * args.shape.window() <= MOST)
+    return Screen::bytes;
+  return Screen::real;
+}
+
 template <class T>
 void search_typed(const PrototypeSearch& args) {
   using Real = RealOf<T>;
@@ -114,12 +128,10 @@ void search_typed(const PrototypeSearch& args) {
   const int64_t rows = shape.samples * shape.prototypes, winners = plan.parts * rows * shape.topk;
   const Winners found{static_cast<double*>(args.scratch(winners * sizeof(double))),
                       static_cast<int64_t*>(args.scratch(winners * sizeof(int64_t))), shape.topk};
-  // Products of bfloat16 are exact in float32, so that is what `auto` takes for bfloat16 tensors.
-  const bool pairs = cpu_isa() == Isa::avx512bf16 && sizeof(Real) == 4 &&
-                     (args.precision == BF16 || (args.precision == AUTO && std::is_same_v<T, BFloat16>));
+  const Screen kind = screen<T>(args);
   const auto search = BEST(search_tasks<T>);
   torch::stable::parallel_for(0, plan.tasks(), 1,
-                              [&](int64_t begin, int64_t end) { search(args, plan, found, pairs, begin, end); });
+                              [&](int64_t begin, int64_t end) { search(args, plan, found, kind, begin, end); });
   const auto write = BEST(finish<Real>);
   torch::stable::parallel_for(0, rows, 4096,
                               [&](int64_t begin, int64_t end) { write(args, found, plan.parts, begin, end); });

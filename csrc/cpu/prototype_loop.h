@@ -14,16 +14,38 @@ constexpr int ROWS = 6;  // 15 of 16
 #endif
 constexpr int WIDE = 2;
 
+// Lanes of a and b for one step of a transposition: blocks of `step` lanes off the diagonal change places.
+template <int step, bool upper, class V, size_t... I>
+INLINE V exchange(V a, V b, std::index_sequence<I...>) {
+  constexpr size_t L = sizeof...(I), S = step;
+  const auto from = [](size_t i) constexpr {
+    return upper ? ((i & S) ? L + i : i + S) : ((i & S) ? L + i - S : i);
+  };
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, from(I)...);
+#else
+  using Lane = std::conditional_t<sizeof(V) / L == 8, int64_t, int32_t>;
+  return __builtin_shuffle(a, b, typename VectorOf<Lane, sizeof(V)>::type{static_cast<Lane>(from(I))...});
+#endif
+}
+
+template <int step, class V, int L>
+INLINE void transpose_from(V (&a)[L]) {
+  if constexpr (step < L) {
+    constexpr auto lanes = std::make_index_sequence<L>();
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) {
+      if (i & step) continue;
+      const V upper = a[i], lower = a[i + step];
+      a[i] = exchange<step, false>(upper, lower, lanes), a[i + step] = exchange<step, true>(upper, lower, lanes);
+    }
+    transpose_from<2 * step>(a);
+  }
+}
+
 template <class V, int L>
 INLINE void transpose(V (&a)[L]) {
-  for (int step = 1; step < L; step *= 2) {
-    V b[L];
-    for (int i = 0; i < L / 2; ++i) {
-      b[2 * i] = zip<0>(a[i], a[i + L / 2], std::make_index_sequence<L>());
-      b[2 * i + 1] = zip<1>(a[i], a[i + L / 2], std::make_index_sequence<L>());
-    }
-    for (int i = 0; i < L; ++i) a[i] = b[i];
-  }
+  transpose_from<1>(a);
 }
 
 // The sum of the lanes, by halves.
@@ -38,14 +60,35 @@ INLINE T sum(typename VectorOf<T, lanes * sizeof(T)>::type value) {
   }
 }
 
-struct Products {
+// The largest lane.
+template <class T, int lanes>
+INLINE T largest(typename VectorOf<T, lanes * sizeof(T)>::type value) {
+  if constexpr (lanes == 2) {
+    return value[0] > value[1] ? value[0] : value[1];
+  } else {
+    typename VectorOf<T, lanes * sizeof(T) / 2>::type half[2];
+    std::memcpy(half, &value, sizeof(value));
+    return largest<T, lanes / 2>(half[0] > half[1] ? half[0] : half[1]);
+  }
+}
+
+// How tiles are summed: from a number for each patch, or (bytes) one for each prototype.
+template <class Real>
+struct Start {
+  using Sum = Real;
+  static INLINE Vector<Real> begin(const Real* start, int i, int) { return broadcast<Vector<Real>>(start[i]); }
+};
+
+template <class Real>
+struct Products : Start<Real> {
   template <class V>
   static INLINE V add(V total, V x, V p) {
     return fma(x, p, total);
   }
 };
 
-struct Squares {
+template <class Real>
+struct Squares : Start<Real> {
   template <class V>
   static INLINE V add(V total, V x, V p) {
     const V difference = x - p;
@@ -54,27 +97,38 @@ struct Squares {
 };
 
 #if VECTOR_BYTES == 64
-// Products of pairs of bfloat16, added in float32. By its name, since the instruction set of these loops lacks it.
-struct PairProducts {
+// By the names of their instructions, since the instruction set of these loops lacks them.
+struct PairProducts : Start<float> {  // of pairs of bfloat16, added in float32
   static INLINE Vector<float> add(Vector<float> total, Vector<uint32_t> x, Vector<uint32_t> p) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(total) : "v"(x), "v"(p));
     return total;
   }
 };
+
+struct ByteProducts {  // of four unsigned bytes with four signed ones
+  using Sum = int32_t;
+  static INLINE Vector<int32_t> begin(const int32_t* start, int, int j) {
+    return load_bits<Vector<int32_t>>(start + j * LANES<int32_t>);
+  }
+  static INLINE Vector<int32_t> add(Vector<int32_t> total, Vector<uint32_t> x, Vector<uint32_t> p) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(total) : "v"(x), "v"(p));
+    return total;
+  }
+};
 #endif
 
-// out[i][·] = start[i] + Σ over the depth, for H patches and WIDTH vectors of prototypes.
-template <class Step, class Real, class Cell, int H, int WIDTH>
-void tile(const Cell* rows, const Cell* panel, int64_t chunks, const Real* start, Real* out) {
-  using V = Vector<Real>;
-  constexpr int L = LANES<Real>;
+// out[i][·] = start + Σ over the depth, for H patches and WIDTH vectors of prototypes.
+template <class Step, class Cell, int H, int WIDTH>
+void tile(const Cell* rows, const Cell* panel, int64_t chunks, const typename Step::Sum* start,
+          typename Step::Sum* out) {
+  using V = Vector<typename Step::Sum>;
+  constexpr int L = LANES<Cell>;
   V total[H][WIDTH];
 #pragma GCC unroll 16
   for (int i = 0; i < H; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < WIDTH; ++j) total[i][j] = broadcast<V>(start[i]);
+    for (int j = 0; j < WIDTH; ++j) total[i][j] = Step::begin(start, i, j);
   for (; chunks > 0; --chunks, rows += ROWS * L)
-#pragma GCC unroll 4
     for (int d = 0; d < L; ++d, panel += WIDTH * L) {
       Vector<Cell> p[WIDTH];
 #pragma GCC unroll 2
@@ -92,22 +146,23 @@ void tile(const Cell* rows, const Cell* panel, int64_t chunks, const Real* start
     for (int j = 0; j < WIDTH; ++j) store_bits(out + (i * WIDTH + j) * L, total[i][j], false);
 }
 
-template <class Step, class Real, class Cell, int WIDTH, size_t... H>
+template <class Step, class Cell, int WIDTH, size_t... H>
 INLINE void tile_of(int height, std::index_sequence<H...>, const Cell* rows, const Cell* panel, int64_t chunks,
-                    const Real* start, Real* out) {
-  using Run = void (*)(const Cell*, const Cell*, int64_t, const Real*, Real*);
-  static constexpr Run RUNS[] = {&tile<Step, Real, Cell, int(H) + 1, WIDTH>...};
+                    const typename Step::Sum* start, typename Step::Sum* out) {
+  using Sum = typename Step::Sum;
+  using Run = void (*)(const Cell*, const Cell*, int64_t, const Sum*, Sum*);
+  static constexpr Run RUNS[] = {&tile<Step, Cell, int(H) + 1, WIDTH>...};
   RUNS[height - 1](rows, panel, chunks, start, out);
 }
 
-template <class Step, class Real, class Cell>
-void tile_of(int height, int width, const Cell* rows, const Cell* panel, int64_t chunks, const Real* start,
-                    Real* out) {
+template <class Step, class Cell>
+void tile_of(int height, int width, const Cell* rows, const Cell* panel, int64_t chunks,
+             const typename Step::Sum* start, typename Step::Sum* out) {
   constexpr auto heights = std::make_index_sequence<ROWS>();
   if (width == 1)
-    tile_of<Step, Real, Cell, 1>(height, heights, rows, panel, chunks, start, out);
+    tile_of<Step, Cell, 1>(height, heights, rows, panel, chunks, start, out);
   else
-    tile_of<Step, Real, Cell, WIDE>(height, heights, rows, panel, chunks, start, out);
+    tile_of<Step, Cell, WIDE>(height, heights, rows, panel, chunks, start, out);
 }
 
 // Vectors of `count` numbers of type T as Real, the last one filled up with zeros.
@@ -126,10 +181,12 @@ INLINE void each_vector(const T* from, int64_t count, const Use& use) {
 // Patches of one sample that lie together in the packed rows: tiles of nearly one height.
 struct Segment {
   int64_t sample, tile, tiles, count;
-  double longest;  // length of a patch
-  bool odd;        // holds what the fast form cannot rank: a NaN, or squares out of range
+  int low, taller;        // patches of a tile, and how many tiles have one more
+  double longest;         // square of a patch's length
+  double spread, missed;  // squares of the lengths of a patch from the centre, and (cosine: relative) of what bytes miss
+  bool odd;         // holds what the fast form cannot rank: a NaN, or squares out of range
 
-  int height(int64_t i) const { return static_cast<int>(count / tiles + (i < count % tiles)); }
+  int height(int64_t i) const { return low + (i < taller); }
 };
 
 template <class T>
@@ -139,21 +196,25 @@ class PatchRows {
   using V = Vector<Real>;
   static constexpr int L = LANES<Real>;
 
-  // With `unit`, rows are divided by their lengths.
-  PatchRows(const PrototypeShape& shape, const FeatureMap& x, Metric metric, bool pairs, bool unit)
-      : shape_(shape), x_(x), metric_(metric), pairs_(pairs), unit_(unit), offset_(patch_offsets(shape, x)) {
+  // With `unit`, rows are divided by their lengths. Bytes are of what is left without the centre.
+  PatchRows(const PrototypeShape& shape, const FeatureMap& x, Metric metric, Screen kind, bool unit)
+      : shape_(shape), x_(x), metric_(metric), kind_(kind), unit_(unit), offset_(patch_offsets(shape, x)) {
     depth = static_cast<int64_t>(offset_.size());
     chunks = (depth + L - 1) / L;
-    pair_chunks = (chunks + 1) / 2;
+    cell_chunks = kind == Screen::bytes ? (chunks + 3) / 4 : (chunks + 1) / 2;
     for (int axis = 0; axis < AXES; ++axis) grid_[axis] = shape.grid(axis);
     // About a MiB: enough rows that packing a panel costs little beside using it.
     const int64_t bytes = std::max<int64_t>(1, chunks) * VECTOR_BYTES;
     capacity = std::clamp<int64_t>((int64_t{1} << 20) / (bytes * ROWS), 256 / ROWS, 1024 / ROWS + 1);
     const int64_t slots = capacity * ROWS;
     rows_ = row_buffer_.get(slots * chunks * L);
-    if (pairs) pair_rows_ = pair_buffer_.get(slots * pair_chunks * L);
+    byte_start = byte_start_buffer_.get(slots), byte_scale = byte_scale_buffer_.get(slots);
+    if (kind != Screen::real) cell_rows_ = cell_buffer_.get(slots * cell_chunks * L);
+    centre = centre_buffer_.get(chunks * L);
+    std::fill_n(centre, chunks * L, Real{0});
     start = start_buffer_.get(slots), scale = scale_buffer_.get(slots), inverse = inverse_buffer_.get(slots);
-    id = id_buffer_.get(slots);
+    id = id_buffer_.get(slots), slot_ = slot_buffer_.get(slots), place_ = place_buffer_.get(slots);
+    square_ = square_buffer_.get(slots + L), out_ = out_buffer_.get(slots);
     window_ = shape.window();
   }
 
@@ -166,28 +227,29 @@ class PatchRows {
     for (; at < end && count < room; ++at)
       if (!mask || mask[sample * shape_.patches() + at]) list[count++] = at;
     if (count == 0) return false;
-    Segment segment{sample, used, (count + ROWS - 1) / ROWS, count, 0, false};
+    const int64_t tiles = (count + ROWS - 1) / ROWS;
+    const int low = static_cast<int>(count / tiles), taller = static_cast<int>(count % tiles);
+    const Segment segment{sample, used, tiles, count, low, taller, 0, 0, 0, false};
     segments.push_back(segment);
     // From dense to one place a row: the last first, since they only move up.
     int64_t from = count;
     for (int64_t t = segment.tiles - 1; t >= 0; --t)
       for (int i = segment.height(t) - 1; i >= 0; --i) list[t * ROWS + i] = list[--from];
     used += segment.tiles;
-    const T* const base = static_cast<const T*>(x_.data) + sample * x_.sample;
-    int64_t slot[L], to[L];
-    int filled = 0;
-    const auto flush = [&] {
-      pack(base, to, slot, filled);
-      for (int i = 0; i < filled; ++i) measure(slot[i], segments.back());
-      filled = 0;
-    };
+    int64_t n = 0;
     for (int64_t t = 0; t < segment.tiles; ++t)
       for (int i = 0; i < segment.height(t); ++i) {
-        slot[filled] = (segment.tile + t) * ROWS + i;
-        to[filled] = place(grid_, x_, id[slot[filled]]);
-        if (++filled == L) flush();
+        slot_[n] = (segment.tile + t) * ROWS + i;
+        place_[n] = place(grid_, x_, id[slot_[n]]);
+        out_[n] = const_cast<Real*>(row(slot_[n]));
+        square_[n++] = 0;
       }
-    if (filled) flush();
+    const T* const base = static_cast<const T*>(x_.data) + sample * x_.sample;
+    if (x_.channel == 1 && window_ == 1)
+      copy(base, count);
+    else
+      transposed(base, count);
+    measure(count, segments.back());
     return true;
   }
 
@@ -196,82 +258,98 @@ class PatchRows {
 
   const Real* row(int64_t slot) const { return rows_ + slot / ROWS * (chunks * ROWS * L) + slot % ROWS * L; }
   const Real* rows(int64_t tile) const { return rows_ + tile * (chunks * ROWS * L); }
-  const uint32_t* pair_rows(int64_t tile) const { return pair_rows_ + tile * (pair_chunks * ROWS * L); }
+  const uint32_t* cell_rows(int64_t tile) const { return cell_rows_ + tile * (cell_chunks * ROWS * L); }
 
-  int64_t depth, chunks, pair_chunks, capacity, used = 0;
+  int64_t depth, chunks, cell_chunks, capacity, used = 0;
   std::vector<Segment> segments;
   // By slot (tile · ROWS + row): the patch, where its screen starts, what that is multiplied by, 1 / its length.
   int64_t* id;
   Real *start, *scale, *inverse;
+  float *byte_start, *byte_scale;
+  Real* centre;
 
  private:
-  // Up to L patches at `to`, into their slots.
-  void pack(const T* x, const int64_t* to, const int64_t* slot, int count) {
-    Real* out[L];
-    for (int i = 0; i < count; ++i) out[i] = const_cast<Real*>(row(slot[i]));
-    if (x_.channel == 1 && window_ == 1) {
-      for (int i = 0; i < count; ++i)
-        each_vector(x + to[i], depth, [&](int64_t d, V value) { store_bits(out[i] + d * ROWS, value, false); });
-      return;
-    }
-    const bool run = count == L && x_.stride[AXES - 1] == 1 && to[L - 1] - to[0] == L - 1 && [&] {
-      for (int i = 1; i < L; ++i)
-        if (to[i] != to[0] + i) return false;
-      return true;
-    }();
-    for (int64_t c = 0; c < chunks; ++c) {
-      V a[L];
-      const int64_t left = depth - c * L;
-      for (int d = 0; d < L; ++d) {
-        if (d >= left) {
-          a[d] = V{};
-          continue;
-        }
-        const T* const from = x + offset_[c * L + d];
-        if (run) {
-          a[d] = Memory<T>::load(from + to[0]);
-        } else {
-          T some[L] = {};
-          for (int i = 0; i < count; ++i) some[i] = from[to[i]];
-          a[d] = Memory<T>::load(some);
-        }
-      }
-      transpose(a);
-      for (int i = 0; i < count; ++i) store_bits(out[i] + c * ROWS * L, a[i], false);
+  // Patches whose channels lie side by side.
+  void copy(const T* x, int64_t count) {
+    for (int64_t n = 0; n < count; ++n) {
+      V total{};
+      each_vector(x + place_[n], depth, [&](int64_t d, V value) {
+        store_bits(out_[n] + d * ROWS, value, false);
+        total = fma(value, value, total);
+      });
+      square_[n] = sum<Real, L>(total);
     }
   }
 
-  void measure(int64_t slot, Segment& segment) {
-    const Real* const x = row(slot);
-    V total{};
+  // L channels of all patches, then the next: so that memory is read in few streams.
+  void transposed(const T* x, int64_t count) {
     for (int64_t c = 0; c < chunks; ++c) {
-      const V value = load_bits<V>(x + c * ROWS * L);
-      total = fma(value, value, total);
-    }
-    const Real square = sum<Real, L>(total);
-    segment.odd |= !in_range(square) && !(square == 0 && zero(x));
-    const Real length = std::sqrt(square);
-    segment.longest = std::max<double>(segment.longest, length);
-    inverse[slot] = square > 0 ? 1 / length : 0;
-    Real ranked = square;
-    if constexpr (sizeof(Real) == 4 && VECTOR_BYTES == 64) {
-      if (pairs_) ranked = round_pairs(x, slot);
-    }
-    start[slot] = metric_ == COSINE || metric_ == DOT ? 0 : -ranked / 2;
-    scale[slot] = ranked > 0 ? 1 / std::sqrt(ranked) : 0;
-    if (unit_)
-      for (int64_t c = 0; c < chunks; ++c) {
-        Real* const at = const_cast<Real*>(x) + c * ROWS * L;
-        store_bits(at, load_bits<V>(at) * broadcast<V>(inverse[slot]), false);
+      const int64_t left = std::min<int64_t>(L, depth - c * L), *const offset = offset_.data() + c * L;
+      // What comes next lies in too many short runs for the processor to foresee.
+      const bool last = c + 1 == chunks;
+      const T* const next = last ? x + x_.sample : x;
+      const int64_t* const next_offset = offset_.data() + (last ? 0 : (c + 1) * L);
+      const int64_t next_left = last ? std::min<int64_t>(L, depth) : std::min<int64_t>(L, depth - (c + 1) * L);
+      for (int64_t n = 0; n < count; n += L) {
+        const int64_t* const to = place_ + n;
+        const int some = static_cast<int>(std::min<int64_t>(L, count - n));
+        bool run = some == L && left == L && x_.stride[AXES - 1] == 1;
+        for (int i = 1; run && i < L; ++i) run = to[i] == to[0] + i;
+        V a[L], total = load_bits<V>(square_ + n);
+        if (run) {
+          for (int d = 0; d < next_left; ++d) __builtin_prefetch(next + (to[0] + next_offset[d]), 0, 2);
+#pragma GCC unroll 16
+          for (int d = 0; d < L; ++d) a[d] = Memory<T>::load(x + (to[0] + offset[d]));
+        } else {
+          for (int d = 0; d < L; ++d) {
+            T values[L] = {};
+            for (int i = 0; i < (d < left ? some : 0); ++i) values[i] = x[offset[d] + to[i]];
+            a[d] = Memory<T>::load(values);
+          }
+        }
+#pragma GCC unroll 16
+        for (int d = 0; d < L; ++d) total = fma(a[d], a[d], total);
+        store_bits(square_ + n, total, false);
+        transpose(a);
+        Real* const* const out = out_ + n;
+        if (some == L) {
+#pragma GCC unroll 16
+          for (int i = 0; i < L; ++i) store_bits(out[i] + c * ROWS * L, a[i], false);
+        } else {
+          for (int i = 0; i < some; ++i) store_bits(out[i] + c * ROWS * L, a[i], false);
+        }
       }
+    }
+  }
+
+  void measure(int64_t count, Segment& segment) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t s = slot_[i];
+      const Real* const x = row(s);
+      const Real square = square_[i];
+      segment.odd |= !in_range(square) && !(square == 0 && zero(x));
+      segment.longest = std::max<double>(segment.longest, square);
+      Real ranked = square;
+      if (metric_ == COSINE) inverse[s] = ranked > 0 ? 1 / std::sqrt(ranked) : 0;
+      if constexpr (sizeof(Real) == 4 && VECTOR_BYTES == 64) {
+        if (kind_ == Screen::pairs) ranked = round_pairs(x, s);
+        if (kind_ == Screen::bytes) round_bytes(x, s, segment);
+      }
+      start[s] = metric_ == COSINE || metric_ == DOT ? 0 : -ranked / 2;
+      if (metric_ == COSINE) scale[s] = ranked > 0 ? 1 / std::sqrt(ranked) : 0;
+      if (unit_)
+        for (int64_t c = 0; c < chunks; ++c) {
+          Real* const at = const_cast<Real*>(x) + c * ROWS * L;
+          store_bits(at, load_bits<V>(at) * broadcast<V>(inverse[s]), false);
+        }
+    }
   }
 
   // The row in bfloat16, and the square of its length then.
   float round_pairs(const Real* x, int64_t slot) {
-    BFloat16* const to = reinterpret_cast<BFloat16*>(pair_rows_ + slot / ROWS * (pair_chunks * ROWS * L) +
-                                                     slot % ROWS * L);
+    BFloat16* const to = reinterpret_cast<BFloat16*>(cell_row(slot));
     V total{};
-    for (int64_t c = 0; c < 2 * pair_chunks; ++c) {
+    for (int64_t c = 0; c < 2 * cell_chunks; ++c) {
       BFloat16* const half = to + (c / 2 * ROWS * 2 + c % 2) * L;
       Memory<BFloat16>::store(half, c < chunks ? bits<Vector<float>>(load_bits<V>(x + c * ROWS * L)) : Vector<float>{},
                               false);
@@ -279,6 +357,45 @@ class PatchRows {
       total = fma(bits<V>(value), bits<V>(value), total);
     }
     return sum<Real, L>(total);
+  }
+
+#if VECTOR_BYTES == 64
+  // The row without the centre in whole multiples of `byte_scale`, as bytes around 128.
+  void round_bytes(const Real* x, int64_t slot, Segment& segment) {
+    using F = Vector<float>;
+    const auto value = [&](int64_t c) INLINE_LAMBDA {
+      return bits<F>(load_bits<V>(x + c * ROWS * L)) - bits<F>(load_bits<V>(centre + c * L));
+    };
+    F peak{}, square{}, lost{};
+    for (int64_t c = 0; c < chunks; ++c) {
+      const F v = value(c), size = v < 0 ? -v : v;
+      peak = size > peak ? size : peak;
+      square = fma(v, v, square);
+    }
+    const float most = largest<float, LANES<float>>(peak), step = most / 127;
+    const F per = broadcast<F>(most > 0 ? 127 / most : 0), by = broadcast<F>(-step);
+    uint8_t* const to = reinterpret_cast<uint8_t*>(cell_row(slot));
+    for (int64_t c = 0; c < chunks; ++c) {
+      const F v = value(c);
+      const __m512i whole = _mm512_cvtps_epi32(bits<__m512>(v * per));
+      const F rest = fma(bits<F>(_mm512_cvtepi32_ps(whole)), by, v);
+      lost = fma(rest, rest, lost);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + (c / 4 * ROWS * 4 + c % 4) * L),
+                       _mm512_cvtepi32_epi8(_mm512_add_epi32(whole, _mm512_set1_epi32(128))));
+    }
+    const float total = sum<float, LANES<float>>(square);
+    double missed = sum<float, LANES<float>>(lost);
+    byte_scale[slot] = step;
+    if (metric_ == COSINE) byte_scale[slot] *= inverse[slot], missed = total > 0 ? missed / total : 0;
+    byte_start[slot] = metric_ == COSINE || metric_ == DOT ? 0 : -total / 2;
+    segment.spread = std::max<double>(segment.spread, total);
+    segment.missed = std::max(segment.missed, missed);
+    segment.odd |= !(total <= std::numeric_limits<float>::max()) || (step == 0 && most > 0);
+  }
+#endif
+
+  uint32_t* cell_row(int64_t slot) const {
+    return cell_rows_ + slot / ROWS * (cell_chunks * ROWS * L) + slot % ROWS * L;
   }
 
   bool zero(const Real* x) const {
@@ -299,14 +416,20 @@ class PatchRows {
   const PrototypeShape& shape_;
   const FeatureMap& x_;
   const Metric metric_;
-  const bool pairs_, unit_;
+  const Screen kind_;
+  const bool unit_;
   const std::vector<int64_t> offset_;
   int64_t grid_[AXES], window_;
-  Buffer<Real> row_buffer_, start_buffer_, scale_buffer_, inverse_buffer_;
-  Buffer<uint32_t> pair_buffer_;
-  Buffer<int64_t> id_buffer_;
+  Buffer<Real> row_buffer_, start_buffer_, scale_buffer_, inverse_buffer_, centre_buffer_, square_buffer_;
+  Buffer<float> byte_start_buffer_, byte_scale_buffer_;
+  Buffer<uint32_t> cell_buffer_;
+  Buffer<int64_t> id_buffer_, slot_buffer_, place_buffer_;
+  Buffer<Real*> out_buffer_;
+  // Of the segment that is packed.
+  int64_t *slot_, *place_;
+  Real *square_, **out_;
   Real* rows_;
-  uint32_t* pair_rows_ = nullptr;
+  uint32_t* cell_rows_ = nullptr;
 };
 
 // Prototypes p[first], …: as rows, for the direct form, and transposed, for the tiles.
@@ -317,12 +440,12 @@ class Panel {
   using V = Vector<Real>;
   static constexpr int L = LANES<Real>, COUNT = WIDE * L;
 
-  Panel(const PatchRows<T>& patches, bool pairs, bool unit) : patches_(patches), pairs_(pairs), unit_(unit) {
+  Panel(const PatchRows<T>& patches, Screen kind, bool unit) : patches_(patches), kind_(kind), unit_(unit) {
     rows_ = row_buffer_.get(COUNT * patches.chunks * L);
     cells = cell_buffer_.get(COUNT * patches.chunks * L);
-    if (pairs) {
-      pair_rows_ = pair_row_buffer_.get(COUNT * patches.pair_chunks * L);
-      pair_cells = pair_cell_buffer_.get(COUNT * patches.pair_chunks * L);
+    if (kind != Screen::real) {
+      small_rows_ = small_row_buffer_.get(COUNT * patches.cell_chunks * L);
+      small_cells = small_cell_buffer_.get(COUNT * patches.cell_chunks * L);
     }
   }
 
@@ -350,17 +473,24 @@ class Panel {
         for (int64_t d = 0; d < padded; ++d) to[d] *= inverse[q];
     }
     if constexpr (sizeof(Real) == 4 && VECTOR_BYTES == 64) {
-      if (pairs_) return pack_pairs();
+      if (kind_ == Screen::pairs) return pack_pairs();
+      if (kind_ == Screen::bytes) return pack_bytes();
     }
-    transposed(rows_, patches_.chunks, cells);
+    pack_real();
   }
+
+  void pack_real() { transposed(rows_, patches_.chunks, cells); }
 
   const Real* row(int q) const { return rows_ + q * patches_.chunks * L; }
 
   int count, width;
   Real* cells;
-  uint32_t* pair_cells = nullptr;
-  Real square[COUNT], length[COUNT], inverse[COUNT];
+  uint32_t* small_cells = nullptr;
+  alignas(64) Real square[COUNT], length[COUNT], inverse[COUNT];
+  // Of bytes: what a multiple stands for, where sums start, what is lost by length, and the length of what is kept.
+  alignas(64) float step[COUNT];
+  alignas(64) int32_t start[COUNT];
+  double lost[COUNT], kept[COUNT];
   bool odd[COUNT];
 
  private:
@@ -376,21 +506,59 @@ class Panel {
   }
 
   void pack_pairs() {
-    const int64_t chunks = patches_.chunks, pair_chunks = patches_.pair_chunks;
+    const int64_t chunks = patches_.chunks, pair_chunks = patches_.cell_chunks;
     for (int q = 0; q < width * L; ++q)
       for (int64_t c = 0; c < 2 * pair_chunks; ++c)
         Memory<BFloat16>::store(
-            reinterpret_cast<BFloat16*>(pair_rows_ + q * pair_chunks * L) + c * L,
+            reinterpret_cast<BFloat16*>(small_rows_ + q * pair_chunks * L) + c * L,
             c < chunks ? bits<Vector<float>>(load_bits<V>(rows_ + (q * chunks + c) * L)) : Vector<float>{}, false);
-    transposed(pair_rows_, pair_chunks, pair_cells);
+    transposed(small_rows_, pair_chunks, small_cells);
+  }
+
+  void pack_bytes() {
+#if VECTOR_BYTES == 64
+    using F = Vector<float>;
+    const int64_t chunks = patches_.chunks, byte_chunks = patches_.cell_chunks;
+    for (int q = 0; q < width * L; ++q) {
+      const auto value = [&](int64_t c) INLINE_LAMBDA {
+        if (q >= count) return F{};
+        return bits<F>(load_bits<V>(rows_ + (q * chunks + c) * L)) - bits<F>(load_bits<V>(patches_.centre + c * L));
+      };
+      F peak{}, missing{};
+      for (int64_t c = 0; c < chunks; ++c) {
+        const F v = value(c), size = v < 0 ? -v : v;
+        peak = size > peak ? size : peak;
+      }
+      const float most = largest<float, LANES<float>>(peak);
+      step[q] = most / 127;
+      const F per = broadcast<F>(most > 0 ? 127 / most : 0), by = broadcast<F>(-step[q]);
+      int8_t* const to = reinterpret_cast<int8_t*>(small_rows_ + q * byte_chunks * L);
+      Vector<int32_t> total{};
+      F squares{};
+      for (int64_t c = 0; c < 4 * byte_chunks; ++c) {
+        const F v = c < chunks ? value(c) : F{};
+        const __m512i whole = _mm512_cvtps_epi32(bits<__m512>(v * per));
+        const F back = bits<F>(_mm512_cvtepi32_ps(whole)), rest = fma(back, by, v);
+        missing = fma(rest, rest, missing), squares = fma(back, back, squares);
+        total += bits<Vector<int32_t>>(whole);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + c * L), _mm512_cvtepi32_epi8(whole));
+      }
+      start[q] = -128 * sum<int32_t, LANES<int32_t>>(total);
+      lost[q] = std::sqrt(double{sum<float, LANES<float>>(missing)});
+      kept[q] = step[q] * std::sqrt(double{sum<float, LANES<float>>(squares)});
+      odd[q] |= !(kept[q] <= std::numeric_limits<float>::max()) || (step[q] == 0 && most > 0);
+    }
+    transposed(small_rows_, byte_chunks, small_cells);
+#endif
   }
 
   const PatchRows<T>& patches_;
-  const bool pairs_, unit_;
+  const Screen kind_;
+  const bool unit_;
   Buffer<Real> row_buffer_, cell_buffer_;
-  Buffer<uint32_t> pair_row_buffer_, pair_cell_buffer_;
+  Buffer<uint32_t> small_row_buffer_, small_cell_buffer_;
   Real* rows_;
-  uint32_t* pair_rows_ = nullptr;
+  uint32_t* small_rows_ = nullptr;
 };
 
 template <class T>
@@ -401,15 +569,16 @@ class PrototypeSearcher {
   using Slot = std::conditional_t<sizeof(Real) == 8, int64_t, int32_t>;
   static constexpr int L = LANES<Real>, COUNT = WIDE * L;
 
-  PrototypeSearcher(const PrototypeSearch& args, const Winners& winners, bool pairs)
+  PrototypeSearcher(const PrototypeSearch& args, const Winners& winners, Screen kind)
       : args_(args),
         winners_(winners),
-        pairs_(pairs),
-        patches_(args.shape, args.x, args.metric, pairs, false),
-        panel_(patches_, pairs, false) {
+        kind_(kind),
+        patches_(args.shape, args.x, args.metric, kind, false),
+        panel_(patches_, kind, false) {
     // Of a sum of depth + 1 products in any order, and of operands rounded to bfloat16.
     const double unit = std::numeric_limits<Real>::epsilon() / 2;
-    error_ = 1.01 * (static_cast<double>(patches_.depth) + 8) * unit + (pairs ? 1.01 / 128 : 0);
+    error_ = 1.01 * (static_cast<double>(patches_.depth) + 8) * unit + (kind == Screen::pairs ? 1.01 / 128 : 0);
+    if (kind == Screen::bytes && (args.metric == SQEUCLIDEAN || args.metric == EUCLIDEAN)) centre();
   }
 
   void run(const SearchTask& task) {
@@ -428,6 +597,22 @@ class PrototypeSearcher {
     return (part * args_.shape.samples + b) * args_.shape.prototypes + p;
   }
 
+  // Bytes hold more of what is small: so patches and prototypes are taken from about the middle of some prototypes,
+  // which changes no distance.
+  void centre() {
+    const int64_t step = std::max<int64_t>(1, args_.shape.prototypes / 64);
+    double count = 0;
+    std::vector<double> total(patches_.chunks * L);
+    for (int64_t p = 0; p < args_.shape.prototypes; p += step, ++count)
+      each_vector(static_cast<const T*>(args_.p) + p * patches_.depth, patches_.depth, [&](int64_t d, V value) {
+        for (int i = 0; i < L; ++i) total[d + i] += value[i];
+      });
+    for (int64_t d = 0; d < patches_.depth; ++d) {
+      const Real middle = static_cast<Real>(total[d] / count);
+      patches_.centre[d] = PatchRows<T>::in_range(middle * middle) ? middle : 0;
+    }
+  }
+
   void flush(const SearchTask& task) {
     const bool one = args_.shape.topk == 1 && !args_.verify;
     if (!patches_.segments.empty())
@@ -435,6 +620,7 @@ class PrototypeSearcher {
         panel_.pack(static_cast<const T*>(args_.p), p, std::min<int64_t>(COUNT, task.prototypes.last - p));
         for (const Segment& segment : patches_.segments) {
           const int64_t first = row(task.part, segment.sample, p);
+          if (kind_ == Screen::bytes && likely(segment, first)) continue;
           if (one)
             nearest(segment, first);
           else
@@ -466,11 +652,98 @@ class PrototypeSearcher {
   INLINE void run_tile(int height, int64_t t, const Real* start, Real* out) {
 #if VECTOR_BYTES == 64
     if constexpr (sizeof(Real) == 4)
-      if (pairs_)
-        return tile_of<PairProducts>(height, panel_.width, patches_.pair_rows(t), panel_.pair_cells,
-                                     patches_.pair_chunks, start, out);
+      if (kind_ == Screen::pairs)
+        return tile_of<PairProducts>(height, panel_.width, patches_.cell_rows(t), panel_.small_cells,
+                                     patches_.cell_chunks, start, out);
 #endif
-    tile_of<Products>(height, panel_.width, patches_.rows(t), panel_.cells, patches_.chunks, start, out);
+    tile_of<Products<Real>>(height, panel_.width, patches_.rows(t), panel_.cells, patches_.chunks, start, out);
+  }
+
+  // Screens by bytes, and measures all patches that may be the nearest for what bytes lose: the nearest is one of them.
+  // False where they are too many.
+  bool likely(const Segment& segment, int64_t first) {
+    if constexpr (sizeof(Real) != 4 || VECTOR_BYTES != 64) return false;
+#if VECTOR_BYTES == 64
+    if constexpr (sizeof(Real) == 4) {
+      if (segment.odd) return false;
+      const int width = panel_.width, stride = width * L;
+      float* const scores = score_buffer_.get(segment.tiles * ROWS * COUNT);
+      V best[WIDE], step[WIDE];
+      for (int j = 0; j < WIDE; ++j) {
+        best[j] = broadcast<V>(-std::numeric_limits<Real>::infinity());
+        step[j] = load_bits<V>(panel_.step + j * L);
+      }
+      for (int64_t t = 0; t < segment.tiles; ++t) {
+        float* const out = scores + t * ROWS * stride;
+        const int64_t slot = (segment.tile + t) * ROWS;
+        alignas(64) int32_t sums[ROWS * COUNT];
+        tile_of<ByteProducts>(segment.height(t), width, patches_.cell_rows(segment.tile + t), panel_.small_cells,
+                              patches_.cell_chunks, panel_.start, sums);
+        for (int i = 0; i < segment.height(t); ++i) {
+          const V scale = broadcast<V>(patches_.byte_scale[slot + i]), start = broadcast<V>(patches_.byte_start[slot + i]);
+          for (int j = 0; j < width; ++j) {
+            const auto whole = load_bits<Vector<int32_t>>(sums + (i * width + j) * L);
+            const V score = fma(__builtin_convertvector(whole, V), scale * step[j], start);
+            store_bits(out + (i * width + j) * L, score, false);
+            best[j] = score > best[j] ? score : best[j];
+          }
+        }
+      }
+      alignas(64) float least[COUNT];
+      for (int j = 0; j < width; ++j) store_bits(least + j * L, best[j], false);
+      for (int q = 0; q < stride; ++q)
+        least[q] = q < panel_.count && !panel_.odd[q] ? least[q] - 2 * byte_bound(segment, q)
+                                                      : std::numeric_limits<Real>::infinity();
+      // Beyond this many, float32 costs less.
+      const int64_t room = panel_.count * (4 + segment.count * patches_.chunks / (3 * patches_.chunks + 24));
+      const V least_0 = load_bits<V>(least), least_1 = load_bits<V>(least + (width - 1) * L);
+      maybe_.clear();
+      for (int64_t t = 0; t < segment.tiles; ++t) {
+        const int height = segment.height(t);
+        for (int i = 0; i < height; ++i) {
+          const float* const at = scores + (t * ROWS + i) * stride;
+          const auto hits = [](const float* from, V limit) INLINE_LAMBDA {
+            return uint32_t{_mm512_cmp_ps_mask(_mm512_loadu_ps(from), bits<__m512>(limit), _CMP_GE_OQ)};
+          };
+          uint32_t hit = hits(at, least_0);
+          if (width > 1) hit |= hits(at + L, least_1) << L;
+          if (hit == 0) continue;
+          for (; hit; hit &= hit - 1)
+            maybe_.push_back({(segment.tile + t) * ROWS + i, __builtin_ctz(hit)});
+          if (static_cast<int64_t>(maybe_.size()) > room) {
+            panel_.pack_real();
+            return false;
+          }
+        }
+      }
+      double nearest_yet[COUNT];
+      int64_t at[COUNT];
+      std::fill_n(at, COUNT, -1);
+      for (const auto& [slot, q] : maybe_) {
+        const double d = args_.verify ? distance<double>(slot, q) : distance<Real>(slot, q);
+        if (at[q] < 0 || d < nearest_yet[q]) nearest_yet[q] = d, at[q] = patches_.id[slot];
+      }
+      for (int q = 0; q < panel_.count; ++q)
+        if (at[q] >= 0) winners_.offer(first + q, nearest_yet[q], at[q]);
+      for (int q = 0; q < panel_.count; ++q)
+        if (panel_.odd[q]) every(segment, q, first + q);
+      return true;
+    }
+#endif
+  }
+
+  // What a screen by bytes may be off by: |x·p − x̃·p̃| ≤ |x||p − p̃| + |x − x̃||p̃|, and rounding.
+  float byte_bound(const Segment& segment, int q) const {
+    const double x = std::sqrt(segment.spread), lost_x = std::sqrt(segment.missed), lost_p = panel_.lost[q],
+                 p = panel_.kept[q];
+    switch (args_.metric) {
+      case COSINE:
+        return static_cast<float>(1.001 * (lost_p + lost_x * p) + 2 * error_ * (p + lost_p));
+      case DOT:
+        return static_cast<float>(1.001 * (x * lost_p + lost_x * p) + error_ * x * (p + lost_p));
+      default:
+        return static_cast<float>(1.001 * (x * lost_p + lost_x * p) + error_ * x * (x + p + lost_p));
+    }
   }
 
   void nearest(const Segment& segment, int64_t first) {
@@ -522,9 +795,9 @@ class PrototypeSearcher {
             best[to] = value[i];
           }
           const Real last = best[topk - 1];
-          least[q] = slack[q] == 0 ? last : std::nextafter(last - slack[q], NONE_YET);
+          least[q] = args_.verify ? std::nextafter(last - slack[q], NONE_YET) : last;
           if (static_cast<int64_t>(found_[q].size()) > 4 * topk + 64)
-            std::erase_if(found_[q], [&](const Found& f) { return slack[q] == 0 ? f.score < last : f.score <= least[q]; });
+            std::erase_if(found_[q], [&](const Found& f) { return args_.verify ? f.score <= least[q] : f.score < last; });
         }
       });
     for (int q = 0; q < panel_.count; ++q) {
@@ -556,7 +829,7 @@ class PrototypeSearcher {
 
   // What a screen of the segment may be off by.
   Real bound(const Segment& segment, int q) const {
-    const double x = segment.longest, p = panel_.length[q];
+    const double x = std::sqrt(segment.longest), p = panel_.length[q];
     switch (args_.metric) {
       case COSINE:
         return static_cast<Real>(2 * error_ * p);
@@ -610,35 +883,45 @@ class PrototypeSearcher {
       }
       return sum<W, L>(total) / 2;
     }
-    for (int64_t c = 0; c < patches_.chunks; ++c) {
+    const auto add = [&](Wide& to, int64_t c) INLINE_LAMBDA {
       const Wide difference = get_x(c) - get_p(c);
       if constexpr (sizeof(Wide) == VECTOR_BYTES)
-        total = fma(difference, difference, total);
+        to = fma(difference, difference, to);
       else
-        total += difference * difference;
-    }
-    return sum<W, L>(total);
+        to += difference * difference;
+    };
+    Wide other{};
+    int64_t c = 0;
+    for (; c + 1 < patches_.chunks; c += 2) add(total, c), add(other, c + 1);
+    if (c < patches_.chunks) add(total, c);
+    return sum<W, L>(total + other);
   }
 
   struct Found {
     Real score;
     int64_t slot;
   };
+  struct Pair {
+    int64_t slot;
+    int q;
+  };
 
   const PrototypeSearch& args_;
   const Winners winners_;
-  const bool pairs_;
+  const Screen kind_;
   PatchRows<T> patches_;
   Panel<T> panel_;
   double error_;
   std::vector<Real> best_;
   std::vector<std::vector<Found>> found_;
+  std::vector<Pair> maybe_;
+  Buffer<float> score_buffer_;
 };
 
 template <class T>
-void search_tasks(const PrototypeSearch& args, const SearchPlan& plan, const Winners& winners, bool pairs,
+void search_tasks(const PrototypeSearch& args, const SearchPlan& plan, const Winners& winners, Screen kind,
                   int64_t begin, int64_t end) {
-  PrototypeSearcher<T> searcher(args, winners, pairs);
+  PrototypeSearcher<T> searcher(args, winners, kind);
   for (int64_t i = begin; i < end; ++i) searcher.run(plan.task(i));
 }
 
@@ -709,8 +992,8 @@ class PrototypeMapper {
   static constexpr int L = LANES<Real>, COUNT = WIDE * L;
 
   explicit PrototypeMapper(const PrototypeMap& args)
-      : args_(args), patches_(args.shape, args.x, args.metric, false, args.metric == COSINE),
-        panel_(patches_, false, args.metric == COSINE) {}
+      : args_(args), patches_(args.shape, args.x, args.metric, Screen::real, args.metric == COSINE),
+        panel_(patches_, Screen::real, args.metric == COSINE) {}
 
   void run(const SearchTask& task) {
     for (int64_t b = task.samples.first; b < task.samples.last; ++b)
@@ -736,7 +1019,7 @@ class PrototypeMapper {
     const Real zero[ROWS] = {};
     const int height = segment.height(t);
     const int64_t slot = (segment.tile + t) * ROWS;
-    const auto run = args_.metric == DOT ? &tile_of<Products, Real, Real> : &tile_of<Squares, Real, Real>;
+    const auto run = args_.metric == DOT ? &tile_of<Products<Real>, Real> : &tile_of<Squares<Real>, Real>;
     run(height, panel_.width, patches_.rows(segment.tile + t), panel_.cells, patches_.chunks, zero, out);
     for (int q = 0; q < panel_.count; ++q) {
       Real* const to = static_cast<Real*>(args_.distance) +

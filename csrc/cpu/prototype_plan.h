@@ -53,6 +53,9 @@ struct Range {
   }
 };
 
+// What tiles are made of: numbers as they are, pairs of bfloat16, or fours of bytes.
+enum class Screen { real, pairs, bytes };
+
 struct SearchTask {
   Range samples, patches, prototypes;
   int64_t part;

@@ -2,7 +2,9 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "../ddim_op.h"
+#include "../prototype_op.h"
 #include "ddim_step.h"
+#include "prototype.h"
 
 // In the CUDA builds of torch only, so weak: this library must load in the others too. Its successor in the stable
 // ABI, Stream::nativeHandle, needs torch 2.13.
@@ -18,14 +20,20 @@ void launch(const Args& args) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(args.device, &stream));
   const char* problem = queue(args, stream);
-  STD_TORCH_CHECK(problem == nullptr, "a DDIM kernel on CUDA: ", problem);
+  STD_TORCH_CHECK(problem == nullptr, "a kernel on CUDA: ", problem);
 }
 
 constexpr Kernels KERNELS{&launch<DdimArgs, &ddim_step_cuda>, &launch<CoefficientArgs, &ddim_coefficients_cuda>,
                           &launch<NormalArgs, &philox_normal_cuda>};
+constexpr PrototypeKernels PROTOTYPE_KERNELS{&launch<PrototypeSearch, &prototype_search_cuda>,
+                                             &launch<PrototypeGradient, &prototype_gradient_cuda>,
+                                             &launch<PrototypeMap, &prototype_map_cuda>};
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(protofast, CUDA, m) { register_ddim<KERNELS>(m); }
+STABLE_TORCH_LIBRARY_IMPL(protofast, CUDA, m) {
+  register_ddim<KERNELS>(m);
+  register_prototype<PROTOTYPE_KERNELS>(m);
+}
 
 }  // namespace protofast

@@ -10,7 +10,6 @@
 #include "../prototype.h"
 
 namespace protofast {
-namespace {
 
 constexpr int THREADS = 256, LANES = 32, WARPS = THREADS / LANES;
 constexpr unsigned ALL = 0xffffffff;
@@ -257,5 +256,4 @@ const char* launch_kernel(void (*kernel)(Parameters...), int64_t blocks, int thr
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-}  // namespace
 }  // namespace protofast

@@ -212,17 +212,17 @@ __device__ inline void set_rows(const Screen& a, Shared<E>& s, int64_t group, in
   }
 }
 
-template <class T>
-__device__ inline void read_vectors(const T* from, T* to, int count) {
+// `count` elements, 16 bytes at a time where there are as many.
+template <int count, class T>
+__device__ inline void copy_vectors(const T* from, T* to) {
+  constexpr int lanes = count * sizeof(T) < 16 ? count : 16 / static_cast<int>(sizeof(T));
+  struct alignas(lanes * sizeof(T)) Part {
+    T lane[lanes];
+  };
 #pragma unroll
-  for (int i = 0; i < count; i += 16 / sizeof(T))
-    *reinterpret_cast<Vector<T>*>(to + i) = *reinterpret_cast<const Vector<T>*>(from + i);
+  for (int i = 0; i < count; i += lanes)
+    *reinterpret_cast<Part*>(to + i) = *reinterpret_cast<const Part*>(from + i);
 }
-
-template <class T>
-struct alignas(QUAD * sizeof(T)) Four {
-  T lane[QUAD];
-};
 
 // All scores of a tile before scale and bias, which are left in `s`: of OWN_ROWS × OWN_COLUMNS a thread. Every sum over
 // depth has the same order wherever its patch lies, so equal patches tie.
@@ -247,14 +247,14 @@ __device__ inline void accumulate(const Screen& a, Shared<E>& s, int64_t first_p
     return a.along_depth ? (thread % ALONG + q * ALONG) * QUAD : thread / ACROSS + q * (THREADS / ACROSS);
   };
 
-  T from_x[QUADS][QUAD * D], from_p[QUAD * D];
+  alignas(16) T from_x[QUADS][QUAD * D], from_p[QUAD * D];
   Score square[QUAD] = {};
   unsigned something = 0;
 
   // A run of elements along depth; those past the end are 0.
   const auto read_run = [&](const T* from, int64_t depth, bool vectors, bool spatial, T (&to)[QUAD * D]) {
     if (from && vectors && depth + QUAD * D <= a.g.depth) {
-      read_vectors(from + depth, to, QUAD * D);
+      copy_vectors<QUAD * D>(from + depth, to);
     } else {
 #pragma unroll
       for (int i = 0; i < QUAD * D; ++i) {
@@ -277,7 +277,7 @@ __device__ inline void accumulate(const Screen& a, Shared<E>& s, int64_t first_p
         const bool there = depth + d < a.g.depth;
         const int64_t at = there ? depth_offset(a.g, depth + d) : 0;
         if (there && a.vector_x && s.offset[row] >= 0) {
-          *reinterpret_cast<Four<T>*>(from_x[q] + QUAD * d) = *reinterpret_cast<const Four<T>*>(x + s.offset[row] + at);
+          copy_vectors<QUAD>(x + s.offset[row] + at, from_x[q] + QUAD * d);
         } else {
 #pragma unroll
           for (int i = 0; i < QUAD; ++i) {
@@ -293,7 +293,7 @@ __device__ inline void accumulate(const Screen& a, Shared<E>& s, int64_t first_p
 #pragma unroll
     for (int q = 0; q < QUADS; ++q) {
       const int word = word_of(q);
-      Word words[QUAD];
+      alignas(16) Word words[QUAD];
 #pragma unroll
       for (int i = 0; i < QUAD; ++i)
         words[i] = a.along_depth ? E::pack(from_x[q] + D * i, 1) : E::pack(from_x[q] + i, QUAD);
@@ -301,7 +301,7 @@ __device__ inline void accumulate(const Screen& a, Shared<E>& s, int64_t first_p
 #pragma unroll
         for (int i = 0; i < QUAD; ++i) s.x[buffer][word + i][row] = words[i];
       } else {
-        *reinterpret_cast<Four<Word>*>(&s.x[buffer][word][row]) = *reinterpret_cast<const Four<Word>*>(words);
+        copy_vectors<QUAD>(words, &s.x[buffer][word][row]);
       }
       if (norms) {
 #pragma unroll
@@ -359,8 +359,7 @@ __device__ inline void accumulate(const Screen& a, Shared<E>& s, int64_t first_p
     for (int w = 0; w < writers; ++w) total += s.square[w][r];
     Score scale = 1, bias = 0;
     if (a.metric == COSINE) {
-      // The least square that has full precision.
-      constexpr Score least = sizeof(Score) == 4 ? Score(0x1p-80) : Score(0x1p-800);
+      constexpr Score least = LEAST_SQUARE<Score>;
       scale = total >= least ? 1 / sqrt(total) : Score(0);
       if (total < least && s.something[r]) bias = NAN;
     } else if (a.metric != DOT) {
@@ -508,11 +507,8 @@ __global__ void __launch_bounds__(THREADS, verify ? 1 : BLOCKS<E>) screen_list_k
             if constexpr (verify) {
               good = false;
               if (r < stop && s.allowed[r]) {
-                const Score square = s.squared[r], length = static_cast<Score>(a.length[prototype]);
-                const Score reach = sqrt(square), bound = static_cast<Score>(a.bound);
-                constexpr Score tiny = sizeof(Score) == 4 ? Score(0x1p-100) : Score(0x1p-900);
-                Score error = bound * (reach * length + square / 2) + tiny * (1 + reach + length);
-                if (a.metric == COSINE) error = bound * 2 * length + (sizeof(Score) == 4 ? Score(0x1p-60) : tiny) * (1 + length);
+                const Score error = score_error<Score>(a.g, a.metric, static_cast<Score>(a.bound), s.squared[r],
+                                                static_cast<Score>(a.length[prototype]));
                 good = score + error >= least;
               }
             }

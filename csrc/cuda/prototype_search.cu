@@ -39,7 +39,8 @@ __device__ inline R activate(R distance, Activation activation, double eps) {
   return distance;
 }
 
-// Whether the scores of a pair decide nothing: some were not finite, or not enough of them were.
+// Whether the scores of a pair decide nothing: some were not finite, or not enough of them were. (Nor do they where the
+// prototype is so short that products are lost.)
 __device__ inline bool undecided(const Entry& mine, int64_t topk) {
   const Entry first = entry_of(mine, 0), last = entry_of(mine, static_cast<int>(topk) - 1);
   return last.place == NOWHERE || first.key == to_key(-INFINITY);
@@ -47,7 +48,7 @@ __device__ inline bool undecided(const Entry& mine, int64_t topk) {
 
 // The score that a patch among the true nearest reaches, whatever the rounding; NaN where the direct form is to decide.
 template <class T>
-__global__ void __launch_bounds__(THREADS) least_kernel(const __grid_constant__ Refine a) {
+__global__ void __launch_bounds__(THREADS, 1) least_kernel(const __grid_constant__ Refine a) {
   const int64_t pair = (int64_t{blockIdx.x} * THREADS + threadIdx.x) / LANES;
   const int lane = threadIdx.x % LANES;
   if (pair >= a.g.samples * a.g.prototypes) return;
@@ -74,13 +75,10 @@ __global__ void __launch_bounds__(THREADS) least_kernel(const __grid_constant__ 
         norm = multiply_add(value, value, norm);
       }
       norm = warp_sum(norm);
-      const double reach = sqrt(norm), tiny = sizeof(Compute<T>) == 4 ? 0x1p-100 : 0x1p-900;
-      double error = a.bound * (reach * length + norm / 2) + tiny * (1 + reach + length);
-      if (a.metric == COSINE) error = a.bound * 2 * length + (sizeof(Compute<T>) == 4 ? 0x1p-60 : tiny) * (1 + length);
+      const double error = score_error<Compute<T>>(a.g, a.metric, a.bound, norm, length);
       least = fmin(least, -from_key(entry.key) - error);
     }
-    // Cosines of prototypes so short that products are lost.
-    if (a.metric == COSINE && !(length > (sizeof(Compute<T>) == 4 ? 0x1p-40 : 0x1p-400))) least = NAN;
+    if (!(length * length > LEAST_SQUARE<Compute<T>>)) least = NAN;
   }
   // Rounded down, as it may be compared in float32.
   if (lane == 0) a.least[pair] = least - fabs(least) * (sizeof(Compute<T>) == 4 ? 0x1p-22 : 0x1p-50);
@@ -88,7 +86,7 @@ __global__ void __launch_bounds__(THREADS) least_kernel(const __grid_constant__ 
 
 // A warp for every (sample, prototype).
 template <class T>
-__global__ void __launch_bounds__(THREADS) refine_kernel(const __grid_constant__ Refine a) {
+__global__ void __launch_bounds__(THREADS, 1) refine_kernel(const __grid_constant__ Refine a) {
   using R = Compute<T>;
   const int64_t pair = (int64_t{blockIdx.x} * THREADS + threadIdx.x) / LANES;
   const int lane = threadIdx.x % LANES, topk = static_cast<int>(a.lists.topk);
@@ -98,13 +96,13 @@ __global__ void __launch_bounds__(THREADS) refine_kernel(const __grid_constant__
   const bool verified = a.least;
   const Entry candidates = merged(a.lists, pair, lane);
   bool direct = verified ? !(a.least[pair] == a.least[pair]) : undecided(candidates, topk);
-  if (a.metric == COSINE && !verified && !direct) {  // as in least_kernel
+  if (!verified && !direct) {  // as in least_kernel
     double square = 0;
     for (int64_t k = lane; k < a.g.depth; k += LANES) {
       const double value = widen(p[k]);
       square = multiply_add(value, value, square);
     }
-    direct = !(warp_sum(square) > (sizeof(R) == 4 ? 0x1p-80 : 0x1p-800));
+    direct = !(warp_sum(square) > LEAST_SQUARE<R>);
   }
   Entry mine;
   if (direct) {
