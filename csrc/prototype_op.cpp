@@ -70,7 +70,8 @@ class Temporaries {
     if (!found.fits) {
       features = &packed(*features);
       found = look();
-      STD_TORCH_CHECK(found.fits, "windows over more than ", AXES, " axes have no native kernel; use backend='reference'");
+      STD_TORCH_CHECK(found.fits, "windows over more than ", AXES,
+                      " axes have no native kernel; use backend='reference'");
     }
     found.x.data = features->data_ptr();
     if (like) found.other.data = like->data_ptr();

@@ -63,8 +63,7 @@ inline Dtype dtype_of(const View& tensor) {
 
 inline Tensor empty(const View& like, int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
   AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, dtype, like.device_type, like.device, &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, like.device_type, like.device, &made));
   return Tensor(made);
 }
 

@@ -15,7 +15,7 @@ Isa detect() {
     best = Isa::avx2;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))
-      best = !__builtin_cpu_supports("avx512vnni")   ? Isa::avx512
+      best = !__builtin_cpu_supports("avx512vnni")  ? Isa::avx512
              : __builtin_cpu_supports("avx512bf16") ? Isa::avx512bf16
                                                     : Isa::avx512vnni;
   }

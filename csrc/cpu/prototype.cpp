@@ -159,7 +159,8 @@ void gradient_typed(const PrototypeGradient& args) {
   plan.factors = args.scratch(shape.samples * shape.prototypes * shape.topk * 3 * sizeof(Real));
   const bool as_is = std::is_same_v<T, Real> && plan.window == 1 && plan.padded == shape.channels;
   plan.p = as_is ? args.p : args.scratch(rows * plan.padded * sizeof(Real));
-  if (args.to_p) plan.to_p = as_is && plan.groups == 1 ? args.to_p : args.scratch(plan.groups * rows * plan.padded * sizeof(Real));
+  if (args.to_p)
+    plan.to_p = as_is && plan.groups == 1 ? args.to_p : args.scratch(plan.groups * rows * plan.padded * sizeof(Real));
   const auto parallel = [&](int64_t count, auto work) {
     torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { work(args, plan, begin, end); });
   };

@@ -50,17 +50,14 @@ class PrototypeGradients {
       list(b);
       gather(b);
       if (args_.metric == DOT)
-        add(b, [](V x, V p, const WinnerFactor<Real>& f, V& to_x, V& to_p) INLINE_LAMBDA {
-          to_x = p * -f.factor, to_p = x * -f.factor;
-        });
+        add(b, [](V x, V p, const WinnerFactor<Real>& f, V& to_x, V& to_p)
+                   INLINE_LAMBDA { to_x = p * -f.factor, to_p = x * -f.factor; });
       else if (args_.metric == COSINE)
-        add(b, [](V x, V p, const WinnerFactor<Real>& f, V& to_x, V& to_p) INLINE_LAMBDA {
-          to_x = x * f.own + p * f.factor, to_p = p * f.other + x * f.factor;
-        });
+        add(b, [](V x, V p, const WinnerFactor<Real>& f, V& to_x, V& to_p)
+                   INLINE_LAMBDA { to_x = x * f.own + p * f.factor, to_p = p * f.other + x * f.factor; });
       else
-        add(b, [](V x, V p, const WinnerFactor<Real>& f, V& to_x, V& to_p) INLINE_LAMBDA {
-          to_x = (x - p) * f.factor, to_p = -to_x;
-        });
+        add(b, [](V x, V p, const WinnerFactor<Real>& f, V& to_x, V& to_p)
+                   INLINE_LAMBDA { to_x = (x - p) * f.factor, to_p = -to_x; });
       if (args_.to_x.data) scatter(b);
     }
   }
@@ -149,8 +146,7 @@ class PrototypeGradients {
         for (int c = 0; c < channels_; ++c) at[c * map.channel] = T(0);
       }
     for (int c = 0; c < channels_; ++c)
-      for (int64_t i = 0; i < count; ++i)
-        to[c * map.channel + pixels_[i].to] = static_cast<T>(to_rows_[i * RUN + c]);
+      for (int64_t i = 0; i < count; ++i) to[c * map.channel + pixels_[i].to] = static_cast<T>(to_rows_[i * RUN + c]);
   }
 
   const PrototypeGradient& args_;

@@ -1,8 +1,8 @@
 // The search for the nearest patches, and their map, by one thread. Included as vector.h is.
 //
 // Patches are packed by rows, prototypes by panels of WIDE vectors, and a tile of ROWS patches by one panel stays in
-// registers over the whole depth. The tile gives the screen, x·p − |x|²/2, whose largest value is the nearest patch; that
-// patch is then measured in the direct form.
+// registers over the whole depth. The tile gives the screen, x·p − |x|²/2, whose largest value is the nearest patch;
+// that patch is then measured in the direct form.
 
 template <class Real>
 constexpr int LANES = VECTOR_BYTES / sizeof(Real);
@@ -18,9 +18,7 @@ constexpr int WIDE = 2;
 template <int step, bool upper, class V, size_t... I>
 INLINE V exchange(V a, V b, std::index_sequence<I...>) {
   constexpr size_t L = sizeof...(I), S = step;
-  const auto from = [](size_t i) constexpr {
-    return upper ? ((i & S) ? L + i : i + S) : ((i & S) ? L + i - S : i);
-  };
+  const auto from = [](size_t i) constexpr { return upper ? ((i & S) ? L + i : i + S) : ((i & S) ? L + i - S : i); };
 #ifdef __clang__
   return __builtin_shufflevector(a, b, from(I)...);
 #else
@@ -181,10 +179,11 @@ INLINE void each_vector(const T* from, int64_t count, const Use& use) {
 // Patches of one sample that lie together in the packed rows: tiles of nearly one height.
 struct Segment {
   int64_t sample, tile, tiles, count;
-  int low, taller;        // patches of a tile, and how many tiles have one more
-  double longest;         // square of a patch's length
-  double spread, missed;  // squares of the lengths of a patch from the centre, and (cosine: relative) of what bytes miss
-  bool odd;         // holds what the fast form cannot rank: a NaN, or squares out of range
+  int low, taller;  // patches of a tile, and how many tiles have one more
+  double longest;   // square of a patch's length
+  double spread,
+      missed;  // squares of the lengths of a patch from the centre, and (cosine: relative) of what bytes miss
+  bool odd;    // holds what the fast form cannot rank: a NaN, or squares out of range
 
   int height(int64_t i) const { return low + (i < taller); }
 };
@@ -464,9 +463,8 @@ class Panel {
       else
         std::fill_n(to, padded, Real{0});
       square[q] = sum<Real, L>(total);
-      odd[q] = !PatchRows<T>::in_range(square[q]) && !(square[q] == 0 && std::all_of(to, to + padded, [](Real value) {
-        return value == 0;
-      }));
+      odd[q] = !PatchRows<T>::in_range(square[q]) &&
+               !(square[q] == 0 && std::all_of(to, to + padded, [](Real value) { return value == 0; }));
       length[q] = std::sqrt(square[q]);
       inverse[q] = square[q] > 0 ? 1 / length[q] : 0;
       if (unit_)
@@ -573,6 +571,7 @@ class PrototypeSearcher {
       : args_(args),
         winners_(winners),
         kind_(kind),
+        keeps_(args.verify || args.precision == AUTO),
         patches_(args.shape, args.x, args.metric, kind, false),
         panel_(patches_, kind, false) {
     // Of a sum of depth + 1 products in any order, and of operands rounded to bfloat16.
@@ -614,20 +613,32 @@ class PrototypeSearcher {
   }
 
   void flush(const SearchTask& task) {
-    const bool one = args_.shape.topk == 1 && !args_.verify;
     if (!patches_.segments.empty())
       for (int64_t p = task.prototypes.first; p < task.prototypes.last; p += COUNT) {
         panel_.pack(static_cast<const T*>(args_.p), p, std::min<int64_t>(COUNT, task.prototypes.last - p));
-        for (const Segment& segment : patches_.segments) {
-          const int64_t first = row(task.part, segment.sample, p);
-          if (kind_ == Screen::bytes && likely(segment, first)) continue;
-          if (one)
-            nearest(segment, first);
-          else
-            several(segment, first);
-        }
+        for (const Segment& segment : patches_.segments) search(segment, row(task.part, segment.sample, p));
       }
     patches_.clear();
+  }
+
+  void search(const Segment& segment, int64_t first) {
+    if (segment.odd) {
+      for (int q = 0; q < panel_.count; ++q) every(segment, q, first + q);
+      return;
+    }
+    const bool one = args_.shape.topk == 1;
+    if (one && keeps_) {
+#if VECTOR_BYTES == 64
+      if constexpr (sizeof(Real) == 4)
+        if (kind_ == Screen::bytes && likely_by_bytes(segment, first)) return;
+#endif
+      if (kind_ == Screen::bytes) panel_.pack_real();
+      if (likely(segment, first)) return;
+    }
+    if (one && !args_.verify)
+      nearest(segment, first);
+    else
+      several(segment, first);
   }
 
   // Calls use(slot, j, screens) for each patch and vector of prototypes.
@@ -659,78 +670,93 @@ class PrototypeSearcher {
     tile_of<Products<Real>>(height, panel_.width, patches_.rows(t), panel_.cells, patches_.chunks, start, out);
   }
 
-  // Screens by bytes, and measures all patches that may be the nearest for what bytes lose: the nearest is one of them.
-  // False where they are too many.
-  bool likely(const Segment& segment, int64_t first) {
-    if constexpr (sizeof(Real) != 4 || VECTOR_BYTES != 64) return false;
-#if VECTOR_BYTES == 64
-    if constexpr (sizeof(Real) == 4) {
-      if (segment.odd) return false;
-      const int width = panel_.width, stride = width * L;
-      float* const scores = score_buffer_.get(segment.tiles * ROWS * COUNT);
-      V best[WIDE], step[WIDE];
-      for (int j = 0; j < WIDE; ++j) {
-        best[j] = broadcast<V>(-std::numeric_limits<Real>::infinity());
-        step[j] = load_bits<V>(panel_.step + j * L);
+  // Measures all patches that may be the nearest for what the screen is off by: so the nearest is one of them. False
+  // where they are too many.
+  template <class Score, class Bound>
+  bool likely(const Segment& segment, int64_t first, const Score& score_tile, const Bound& bound_of) {
+    const int width = panel_.width, stride = width * L;
+    Real* const scores = score_buffer_.get(segment.tiles * ROWS * COUNT);
+    V best[WIDE];
+    for (int j = 0; j < WIDE; ++j) best[j] = broadcast<V>(-std::numeric_limits<Real>::infinity());
+    for (int64_t t = 0; t < segment.tiles; ++t)
+      score_tile(segment.tile + t, segment.height(t), scores + t * ROWS * stride, best);
+    alignas(64) Real least[COUNT];
+    for (int j = 0; j < WIDE; ++j) store_bits(least + j * L, best[j], false);
+    for (int q = 0; q < COUNT; ++q)
+      least[q] =
+          q < panel_.count && !panel_.odd[q] ? least[q] - 2 * bound_of(q) : std::numeric_limits<Real>::infinity();
+    // Beyond this many, the screen costs less than the measuring.
+    const int64_t room = panel_.count * (4 + segment.count * patches_.chunks / (3 * patches_.chunks + 24));
+    const V least_0 = load_bits<V>(least), least_1 = load_bits<V>(least + L);
+    maybe_.clear();
+    for (int64_t t = 0; t < segment.tiles; ++t) {
+      const int height = segment.height(t);
+      for (int i = 0; i < height; ++i) {
+        const Real* const at = scores + (t * ROWS + i) * stride;
+        uint32_t hit = lanes(load_bits<V>(at) >= least_0);
+        if (width > 1) hit |= lanes(load_bits<V>(at + L) >= least_1) << L;
+        if (hit == 0) continue;
+        for (; hit; hit &= hit - 1) maybe_.push_back({(segment.tile + t) * ROWS + i, __builtin_ctz(hit)});
+        if (static_cast<int64_t>(maybe_.size()) > room) return false;
       }
-      for (int64_t t = 0; t < segment.tiles; ++t) {
-        float* const out = scores + t * ROWS * stride;
-        const int64_t slot = (segment.tile + t) * ROWS;
-        alignas(64) int32_t sums[ROWS * COUNT];
-        tile_of<ByteProducts>(segment.height(t), width, patches_.cell_rows(segment.tile + t), panel_.small_cells,
-                              patches_.cell_chunks, panel_.start, sums);
-        for (int i = 0; i < segment.height(t); ++i) {
-          const V scale = broadcast<V>(patches_.byte_scale[slot + i]), start = broadcast<V>(patches_.byte_start[slot + i]);
-          for (int j = 0; j < width; ++j) {
-            const auto whole = load_bits<Vector<int32_t>>(sums + (i * width + j) * L);
-            const V score = fma(__builtin_convertvector(whole, V), scale * step[j], start);
-            store_bits(out + (i * width + j) * L, score, false);
-            best[j] = score > best[j] ? score : best[j];
-          }
-        }
-      }
-      alignas(64) float least[COUNT];
-      for (int j = 0; j < width; ++j) store_bits(least + j * L, best[j], false);
-      for (int q = 0; q < stride; ++q)
-        least[q] = q < panel_.count && !panel_.odd[q] ? least[q] - 2 * byte_bound(segment, q)
-                                                      : std::numeric_limits<Real>::infinity();
-      // Beyond this many, float32 costs less.
-      const int64_t room = panel_.count * (4 + segment.count * patches_.chunks / (3 * patches_.chunks + 24));
-      const V least_0 = load_bits<V>(least), least_1 = load_bits<V>(least + (width - 1) * L);
-      maybe_.clear();
-      for (int64_t t = 0; t < segment.tiles; ++t) {
-        const int height = segment.height(t);
-        for (int i = 0; i < height; ++i) {
-          const float* const at = scores + (t * ROWS + i) * stride;
-          const auto hits = [](const float* from, V limit) INLINE_LAMBDA {
-            return uint32_t{_mm512_cmp_ps_mask(_mm512_loadu_ps(from), bits<__m512>(limit), _CMP_GE_OQ)};
-          };
-          uint32_t hit = hits(at, least_0);
-          if (width > 1) hit |= hits(at + L, least_1) << L;
-          if (hit == 0) continue;
-          for (; hit; hit &= hit - 1)
-            maybe_.push_back({(segment.tile + t) * ROWS + i, __builtin_ctz(hit)});
-          if (static_cast<int64_t>(maybe_.size()) > room) {
-            panel_.pack_real();
-            return false;
-          }
-        }
-      }
-      double nearest_yet[COUNT];
-      int64_t at[COUNT];
-      std::fill_n(at, COUNT, -1);
-      for (const auto& [slot, q] : maybe_) {
-        const double d = args_.verify ? distance<double>(slot, q) : distance<Real>(slot, q);
-        if (at[q] < 0 || d < nearest_yet[q]) nearest_yet[q] = d, at[q] = patches_.id[slot];
-      }
-      for (int q = 0; q < panel_.count; ++q)
-        if (at[q] >= 0) winners_.offer(first + q, nearest_yet[q], at[q]);
-      for (int q = 0; q < panel_.count; ++q)
-        if (panel_.odd[q]) every(segment, q, first + q);
-      return true;
     }
-#endif
+    double nearest_yet[COUNT];
+    int64_t at[COUNT];
+    std::fill_n(at, COUNT, -1);
+    for (const auto& [slot, q] : maybe_) {
+      const double d = args_.verify ? distance<double>(slot, q) : distance<Real>(slot, q);
+      if (at[q] < 0 || d < nearest_yet[q]) nearest_yet[q] = d, at[q] = patches_.id[slot];
+    }
+    for (int q = 0; q < panel_.count; ++q)
+      if (panel_.odd[q])
+        every(segment, q, first + q);
+      else
+        winners_.offer(first + q, nearest_yet[q], at[q]);
+    return true;
   }
+
+  bool likely(const Segment& segment, int64_t first) {
+    const bool scaled = args_.metric == COSINE;
+    return likely(
+        segment, first,
+        [&](int64_t t, int height, Real* out, V(&best)[WIDE]) INLINE_LAMBDA {
+          run_tile(height, t, patches_.start + t * ROWS, out);
+          for (int i = 0; i < height; ++i)
+            for (int j = 0; j < panel_.width; ++j) {
+              Real* const at = out + (i * panel_.width + j) * L;
+              V score = load_bits<V>(at);
+              if (scaled) store_bits(at, score *= broadcast<V>(patches_.scale[t * ROWS + i]), false);
+              best[j] = score > best[j] ? score : best[j];
+            }
+        },
+        [&](int q) { return bound(segment, q); });
+  }
+
+#if VECTOR_BYTES == 64
+  bool likely_by_bytes(const Segment& segment, int64_t first) {
+    V step[WIDE];
+    for (int j = 0; j < WIDE; ++j) step[j] = load_bits<V>(panel_.step + j * L);
+    return likely(
+        segment, first,
+        [&](int64_t t, int height, float* out, V(&best)[WIDE]) INLINE_LAMBDA {
+          const int width = panel_.width;
+          alignas(64) int32_t sums[ROWS * COUNT];
+          tile_of<ByteProducts>(height, width, patches_.cell_rows(t), panel_.small_cells, patches_.cell_chunks,
+                                panel_.start, sums);
+          for (int i = 0; i < height; ++i) {
+            const V scale = broadcast<V>(patches_.byte_scale[t * ROWS + i]),
+                    start = broadcast<V>(patches_.byte_start[t * ROWS + i]);
+            for (int j = 0; j < width; ++j) {
+              const auto whole = load_bits<Vector<int32_t>>(sums + (i * width + j) * L);
+              const V score = fma(__builtin_convertvector(whole, V), scale * step[j], start);
+              store_bits(out + (i * width + j) * L, score, false);
+              best[j] = score > best[j] ? score : best[j];
+            }
+          }
+        },
+        [&](int q) { return byte_bound(segment, q); });
+  }
+#endif
 
   // What a screen by bytes may be off by: |x·p − x̃·p̃| ≤ |x||p − p̃| + |x − x̃||p̃|, and rounding.
   float byte_bound(const Segment& segment, int q) const {
@@ -748,26 +774,24 @@ class PrototypeSearcher {
 
   void nearest(const Segment& segment, int64_t first) {
     using Slots = Vector<Slot>;
+    V best[WIDE];
+    Slots at[WIDE] = {};
+    for (int j = 0; j < WIDE; ++j) best[j] = broadcast<V>(-std::numeric_limits<Real>::infinity());
+    screen(segment, [&](int64_t slot, int j, V value) INLINE_LAMBDA {
+      const auto better = value > best[j];
+      best[j] = better ? value : best[j];
+      at[j] = better ? broadcast<Slots>(static_cast<Slot>(slot)) : at[j];
+    });
     Slot slots[COUNT];
-    if (!segment.odd) {
-      V best[WIDE];
-      Slots at[WIDE] = {};
-      for (int j = 0; j < WIDE; ++j) best[j] = broadcast<V>(-std::numeric_limits<Real>::infinity());
-      screen(segment, [&](int64_t slot, int j, V value) INLINE_LAMBDA {
-        const auto better = value > best[j];
-        best[j] = better ? value : best[j];
-        at[j] = better ? broadcast<Slots>(static_cast<Slot>(slot)) : at[j];
-      });
-      std::memcpy(slots, at, sizeof(slots));
-    }
+    std::memcpy(slots, at, sizeof(slots));
     for (int q = 0; q < panel_.count; ++q)
-      if (segment.odd || panel_.odd[q])
+      if (panel_.odd[q])
         every(segment, q, first + q);
       else
         winners_.offer(first + q, distance<Real>(slots[q], q), patches_.id[slots[q]]);
   }
 
-  // The best few, or with `verify` all that may be among them.
+  // The best few, or all that may be among them.
   void several(const Segment& segment, int64_t first) {
     const int64_t topk = args_.shape.topk;
     constexpr Real NONE_YET = -std::numeric_limits<Real>::infinity();
@@ -778,30 +802,26 @@ class PrototypeSearcher {
       found_[q].clear();
       // What is odd is not ranked; nothing is above infinity.
       least[q] = q < panel_.count && !panel_.odd[q] ? NONE_YET : -NONE_YET;
-      slack[q] = q < panel_.count && args_.verify ? 2 * bound(segment, q) : 0;
+      slack[q] = q < panel_.count && keeps_ ? 2 * bound(segment, q) : 0;
     }
-    if (!segment.odd)
-      screen(segment, [&](int64_t slot, int j, V value) {
-        const auto hit = value > load_bits<V>(least + j * L);
-        if (!any(hit)) return;
-        for (int i = 0; i < L; ++i) {
-          if (!hit[i]) continue;
-          const int q = j * L + i;
-          found_[q].push_back({value[i], slot});
-          Real* const best = best_.data() + q * topk;
-          int64_t to = topk - 1;
-          if (value[i] > best[to]) {
-            for (; to > 0 && value[i] > best[to - 1]; --to) best[to] = best[to - 1];
-            best[to] = value[i];
-          }
-          const Real last = best[topk - 1];
-          least[q] = args_.verify ? std::nextafter(last - slack[q], NONE_YET) : last;
-          if (static_cast<int64_t>(found_[q].size()) > 4 * topk + 64)
-            std::erase_if(found_[q], [&](const Found& f) { return args_.verify ? f.score <= least[q] : f.score < last; });
+    screen(segment, [&](int64_t slot, int j, V value) {
+      for (uint32_t hit = lanes(value > load_bits<V>(least + j * L)); hit; hit &= hit - 1) {
+        const int i = __builtin_ctz(hit), q = j * L + i;
+        found_[q].push_back({value[i], slot});
+        Real* const best = best_.data() + q * topk;
+        int64_t to = topk - 1;
+        if (value[i] > best[to]) {
+          for (; to > 0 && value[i] > best[to - 1]; --to) best[to] = best[to - 1];
+          best[to] = value[i];
         }
-      });
+        const Real last = best[topk - 1];
+        least[q] = keeps_ ? std::nextafter(last - slack[q], NONE_YET) : last;
+        if (static_cast<int64_t>(found_[q].size()) > 4 * topk + 64)
+          std::erase_if(found_[q], [&](const Found& f) { return keeps_ ? f.score <= least[q] : f.score < last; });
+      }
+    });
     for (int q = 0; q < panel_.count; ++q) {
-      if (segment.odd || panel_.odd[q]) {
+      if (panel_.odd[q]) {
         every(segment, q, first + q);
         continue;
       }
@@ -809,8 +829,10 @@ class PrototypeSearcher {
       int64_t above = 0;
       for (const Found& f : found_[q]) above += f.score > last;
       for (const Found& f : found_[q]) {
-        if (args_.verify) {
-          if (f.score > least[q]) winners_.offer(first + q, distance<double>(f.slot, q), patches_.id[f.slot]);
+        if (keeps_) {
+          if (f.score > least[q])
+            winners_.offer(first + q, args_.verify ? distance<double>(f.slot, q) : distance<Real>(f.slot, q),
+                           patches_.id[f.slot]);
         } else if (f.score > last || (f.score == last && above < topk)) {
           above += f.score == last;  // of equal screens, the first
           winners_.offer(first + q, distance<Real>(f.slot, q), patches_.id[f.slot]);
@@ -840,16 +862,23 @@ class PrototypeSearcher {
     }
   }
 
+  // One bit a lane.
   template <class Mask>
-  static INLINE bool any(Mask mask) {
+  static INLINE uint32_t lanes(Mask mask) {
 #if VECTOR_BYTES == 64
-    return sizeof(Real) == 4 ? _mm512_movepi32_mask(bits<__m512i>(mask)) : _mm512_movepi64_mask(bits<__m512i>(mask));
+    if constexpr (sizeof(Real) == 4)
+      return _mm512_movepi32_mask(bits<__m512i>(mask));
+    else
+      return _mm512_movepi64_mask(bits<__m512i>(mask));
 #elif VECTOR_BYTES == 32
-    return _mm256_movemask_epi8(bits<__m256i>(mask));
+    if constexpr (sizeof(Real) == 4)
+      return static_cast<uint32_t>(_mm256_movemask_ps(bits<__m256>(mask)));
+    else
+      return static_cast<uint32_t>(_mm256_movemask_pd(bits<__m256d>(mask)));
 #else
-    int64_t words[2];
-    std::memcpy(words, &mask, sizeof(words));
-    return words[0] | words[1];
+    uint32_t all = 0;
+    for (int i = 0; i < L; ++i) all |= static_cast<uint32_t>(mask[i] != 0) << i;
+    return all;
 #endif
   }
 
@@ -859,9 +888,8 @@ class PrototypeSearcher {
     using Wide = typename VectorOf<W, L * sizeof(W)>::type;
     const Real* const x = patches_.row(slot);
     const Real* const p = panel_.row(q);
-    const auto get_x = [&](int64_t c) INLINE_LAMBDA {
-      return __builtin_convertvector(load_bits<V>(x + c * ROWS * L), Wide);
-    };
+    const auto get_x = [&](int64_t c)
+                           INLINE_LAMBDA { return __builtin_convertvector(load_bits<V>(x + c * ROWS * L), Wide); };
     const auto get_p = [&](int64_t c) INLINE_LAMBDA { return __builtin_convertvector(load_bits<V>(p + c * L), Wide); };
     Wide total{};
     if (args_.metric == DOT) {
@@ -909,13 +937,14 @@ class PrototypeSearcher {
   const PrototypeSearch& args_;
   const Winners winners_;
   const Screen kind_;
+  const bool keeps_;  // candidates, to be measured
   PatchRows<T> patches_;
   Panel<T> panel_;
   double error_;
   std::vector<Real> best_;
   std::vector<std::vector<Found>> found_;
   std::vector<Pair> maybe_;
-  Buffer<float> score_buffer_;
+  Buffer<Real> score_buffer_;
 };
 
 template <class T>
@@ -992,7 +1021,8 @@ class PrototypeMapper {
   static constexpr int L = LANES<Real>, COUNT = WIDE * L;
 
   explicit PrototypeMapper(const PrototypeMap& args)
-      : args_(args), patches_(args.shape, args.x, args.metric, Screen::real, args.metric == COSINE),
+      : args_(args),
+        patches_(args.shape, args.x, args.metric, Screen::real, args.metric == COSINE),
         panel_(patches_, Screen::real, args.metric == COSINE) {}
 
   void run(const SearchTask& task) {

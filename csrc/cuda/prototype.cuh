@@ -36,20 +36,20 @@ using Compute = decltype(widen(T{}));
 
 // A PrototypeShape and the strides of a map, for the device. A sample has fewer than 2³¹ pixels.
 struct Geometry {
-  int64_t samples, prototypes, topk, depth, sample, channel, stride[AXES];
-  int channels, patches, pixels, window, size[AXES], grid[AXES], kernel[AXES];
+  int64_t samples, prototypes, topk, sample, channel, stride[AXES];
+  int depth, channels, patches, pixels, window, size[AXES], grid[AXES], kernel[AXES];
 };
 
 inline const char* describe(const PrototypeShape& shape, const FeatureMap& x, Geometry& g) {
-  if (shape.pixels() > 0x7fffffff || shape.channels > 0x7fffffff || shape.window() > 0x7fffffff)
-    return "a sample has 2^31 pixels or channels, or more; cut it into pieces";
+  if (shape.pixels() > 0x7fffffff || shape.channels * shape.window() > 0x7fffff00)
+    return "a sample has 2^31 pixels, or a patch 2^31 elements, or more; cut it into pieces";
   g = {.samples = shape.samples,
        .prototypes = shape.prototypes,
        .topk = shape.topk,
-       .depth = shape.channels * shape.window(),
        .sample = x.sample,
        .channel = x.channel,
        .stride = {},
+       .depth = static_cast<int>(shape.channels * shape.window()),
        .channels = static_cast<int>(shape.channels),
        .patches = static_cast<int>(shape.patches()),
        .pixels = static_cast<int>(shape.pixels()),
@@ -91,9 +91,9 @@ __device__ inline int place_pixel(const Geometry& g, const int (&sizes)[AXES], i
 }
 
 // Depth runs over channels and, within each, the pixels of the window, as in a prototype.
-__device__ inline int64_t depth_offset(const Geometry& g, int64_t depth) {
+__device__ inline int64_t depth_offset(const Geometry& g, int depth) {
   if (g.window == 1) return depth * g.channel;
-  return depth / g.window * g.channel + place_offset(g.kernel, g.stride, static_cast<int>(depth % g.window));
+  return depth / g.window * g.channel + place_offset(g.kernel, g.stride, depth % g.window);
 }
 
 template <class T>
@@ -114,7 +114,8 @@ __device__ inline uint64_t to_key(double value) {
 }
 
 __device__ inline double from_key(uint64_t key) {
-  return __longlong_as_double(static_cast<int64_t>(key == 0 ? ~uint64_t{0} >> 1 : key ^ (key >> 63 ? uint64_t{1} << 63 : ~uint64_t{0})));
+  return __longlong_as_double(
+      static_cast<int64_t>(key == 0 ? ~uint64_t{0} >> 1 : key ^ (key >> 63 ? uint64_t{1} << 63 : ~uint64_t{0})));
 }
 
 struct Entry {
@@ -182,7 +183,7 @@ __device__ inline A direct_form(const Geometry& g, const T* patch, const T* prot
   A total = 0;
   if (metric == COSINE) {
     A square_x = 0, square_p = 0;
-    for (int64_t k = lane; k < g.depth; k += lanes) {
+    for (int k = lane; k < g.depth; k += lanes) {
       const A x = widen(patch[depth_offset(g, k)]), p = widen(prototype[k]);
       square_x = multiply_add(x, x, square_x);
       square_p = multiply_add(p, p, square_p);
@@ -193,13 +194,13 @@ __device__ inline A direct_form(const Geometry& g, const T* patch, const T* prot
     }
     if (square_x * square_p == 0) return 1;
     const A inverse_x = 1 / sqrt(square_x), inverse_p = 1 / sqrt(square_p);
-    for (int64_t k = lane; k < g.depth; k += lanes) {
+    for (int k = lane; k < g.depth; k += lanes) {
       const A difference = widen(patch[depth_offset(g, k)]) * inverse_x - widen(prototype[k]) * inverse_p;
       total = multiply_add(difference, difference, total);
     }
     return sum(total) / 2;
   }
-  for (int64_t k = lane; k < g.depth; k += lanes) {
+  for (int k = lane; k < g.depth; k += lanes) {
     const A x = widen(patch[depth_offset(g, k)]), p = widen(prototype[k]);
     if (metric == DOT) {
       total = multiply_add(-x, p, total);
@@ -212,7 +213,8 @@ __device__ inline A direct_form(const Geometry& g, const T* patch, const T* prot
 }
 
 template <class T>
-__device__ inline double exact_distance(const Geometry& g, const T* patch, const T* prototype, Metric metric, int lane) {
+__device__ inline double exact_distance(const Geometry& g, const T* patch, const T* prototype, Metric metric,
+                                        int lane) {
   return direct_form<double>(g, patch, prototype, metric, lane, LANES, [](double v) { return warp_sum(v); });
 }
 
@@ -221,9 +223,11 @@ __device__ inline bool in_range(float value) { return fabsf(value) > 0x1p-80f &&
 
 // In the arithmetic of the result, except where that would under- or overflow.
 template <class T>
-__device__ inline double result_distance(const Geometry& g, const T* patch, const T* prototype, Metric metric, int lane) {
+__device__ inline double result_distance(const Geometry& g, const T* patch, const T* prototype, Metric metric,
+                                         int lane) {
   if constexpr (sizeof(Compute<T>) == 4) {
-    const float value = direct_form<float>(g, patch, prototype, metric, lane, LANES, [](float v) { return warp_sum(v); });
+    const float value =
+        direct_form<float>(g, patch, prototype, metric, lane, LANES, [](float v) { return warp_sum(v); });
     if (in_range(value)) return value;
   }
   return exact_distance(g, patch, prototype, metric, lane);

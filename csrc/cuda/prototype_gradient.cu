@@ -43,9 +43,9 @@ __device__ inline R slope(R distance, Activation activation, double eps) {
 
 // 1 / |v|, and 0 for no length.
 template <class R, class Read>
-__device__ inline R inverse_length(int64_t depth, int lane, Read read) {
+__device__ inline R inverse_length(int depth, int lane, Read read) {
   double sum = 0;
-  for (int64_t k = lane; k < depth; k += LANES) {
+  for (int k = lane; k < depth; k += LANES) {
     const double value = read(k);
     sum = multiply_add(value, value, sum);
   }
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(THREADS, 1) winners_kernel(const __grid_consta
     const int64_t prototype = at - winners;
     if (a.metric != COSINE || prototype >= a.g.prototypes) return;
     const T* const p = static_cast<const T*>(a.p) + prototype * a.g.depth;
-    const R inverse = inverse_length<R>(a.g.depth, lane, [&](int64_t k) { return widen(p[k]); });
+    const R inverse = inverse_length<R>(a.g.depth, lane, [&](int k) { return widen(p[k]); });
     if (lane == 0) a.inverse_p[prototype] = inverse;
     return;
   }
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(THREADS, 1) winners_kernel(const __grid_consta
   const int patch = static_cast<int>(index);
   if (a.metric == COSINE) {
     const T* const x = patch_data<T>(a.g, a.x, at / (a.g.prototypes * a.g.topk), patch);
-    const R inverse = inverse_length<R>(a.g.depth, lane, [&](int64_t k) { return widen(x[depth_offset(a.g, k)]); });
+    const R inverse = inverse_length<R>(a.g.depth, lane, [&](int k) { return widen(x[depth_offset(a.g, k)]); });
     if (lane == 0) a.inverse_x[at] = inverse;
   }
   if (lane != 0) return;
@@ -91,7 +91,8 @@ __global__ void __launch_bounds__(THREADS, 1) winners_kernel(const __grid_consta
 
 // What a winner gives to the gradient of `own`: x for x, p for p.
 template <class R>
-__device__ inline R contribution(Metric metric, R weight, R cosine, R inverse_own, R inverse_other, R own, R other, R sum) {
+__device__ inline R contribution(Metric metric, R weight, R cosine, R inverse_own, R inverse_other, R own, R other,
+                                 R sum) {
   if (metric == DOT) return multiply_add(-weight, other, sum);
   if (metric == COSINE)
     return multiply_add(weight * inverse_own, multiply_add(cosine, inverse_own * own, -(inverse_other * other)), sum);
@@ -101,7 +102,8 @@ __device__ inline R contribution(Metric metric, R weight, R cosine, R inverse_ow
 // 32 channels of 64 pixels of a sample, all of them written once. Each warp has 16 of the pixels and goes through all
 // winners of the sample; a lane is a channel, so no two threads add to one number.
 template <class T>
-__global__ void __launch_bounds__(GRADIENT_WARPS* LANES, 1) features_kernel(const __grid_constant__ Gradient<Compute<T>> a) {
+__global__ void __launch_bounds__(GRADIENT_WARPS* LANES, 1)
+    features_kernel(const __grid_constant__ Gradient<Compute<T>> a) {
   using R = Compute<T>;
   __shared__ R x[TILE_PIXELS][LANES + 1], sum[TILE_PIXELS][LANES + 1];
   const int64_t block = blockIdx.x, rest = block / a.pixel_tiles;
@@ -114,7 +116,8 @@ __global__ void __launch_bounds__(GRADIENT_WARPS* LANES, 1) features_kernel(cons
 
   const auto each = [&](bool along_pixels, auto visit) {
     for (int i = threadIdx.x; i < TILE_PIXELS * LANES; i += GRADIENT_WARPS * LANES) {
-      const int pixel = along_pixels ? i % TILE_PIXELS : i / LANES, channel = along_pixels ? i / TILE_PIXELS : i % LANES;
+      const int pixel = along_pixels ? i % TILE_PIXELS : i / LANES,
+                channel = along_pixels ? i / TILE_PIXELS : i % LANES;
       if (pixel < pixels && channel < channels) visit(pixel, channel);
     }
   };
@@ -185,9 +188,10 @@ template <class T>
 __global__ void __launch_bounds__(THREADS, 1) prototypes_kernel(const __grid_constant__ Gradient<Compute<T>> a) {
   using R = Compute<T>;
   __shared__ R part[WARPS][LANES];
-  const int64_t tiles = (a.g.depth + LANES - 1) / LANES, prototype = blockIdx.x / tiles;
+  const int tiles = (a.g.depth + LANES - 1) / LANES;
+  const int64_t prototype = blockIdx.x / tiles;
   const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-  const int64_t k = blockIdx.x % tiles * LANES + lane;
+  const int k = static_cast<int>(blockIdx.x % tiles) * LANES + lane;
   const bool own = k < a.g.depth;
   const int64_t at_k = own ? depth_offset(a.g, k) : 0;
   const R p = own ? widen(static_cast<const T*>(a.p)[prototype * a.g.depth + k]) : R(0);

@@ -32,14 +32,14 @@ __global__ void __launch_bounds__(THREADS) lengths_kernel(const __grid_constant_
   double sum = 0;
   if (at < patches) {
     const T* const x = patch_data<T>(a.g, a.x, at / a.g.patches, static_cast<int>(at % a.g.patches));
-    for (int64_t k = 0; k < a.g.depth; ++k) {
+    for (int k = 0; k < a.g.depth; ++k) {
       const double value = widen(x[depth_offset(a.g, k)]);
       sum = multiply_add(value, value, sum);
     }
     a.inverse_x[at] = safe_inverse<Compute<T>>(sum);
   } else {
     const T* const p = static_cast<const T*>(a.p) + (at - patches) * a.g.depth;
-    for (int64_t k = 0; k < a.g.depth; ++k) {
+    for (int k = 0; k < a.g.depth; ++k) {
       const double value = widen(p[k]);
       sum = multiply_add(value, value, sum);
     }
@@ -63,8 +63,8 @@ __global__ void __launch_bounds__(THREADS, 1) map_kernel(const __grid_constant__
   }
   __syncthreads();
   R sum[OWN][OWN] = {};
-  for (int64_t first = 0; first < a.g.depth; first += CHUNK) {
-    const int64_t left = a.g.depth - first;
+  for (int first = 0; first < a.g.depth; first += CHUNK) {
+    const int left = a.g.depth - first;
 #pragma unroll
     for (int i = thread; i < CHUNK * SIDE; i += THREADS) {
       const int r = a.along_depth ? i / CHUNK : i % SIDE, k = a.along_depth ? i % CHUNK : i / SIDE;
@@ -146,7 +146,8 @@ const char* map(const PrototypeMap& args, void* stream) {
     if (const char* problem = launch_kernel(lengths_kernel<T>, ceil_div(vectors, THREADS), THREADS, stream, a))
       return problem;
   }
-  return launch_kernel(a.metric == DOT ? map_kernel<T, true> : map_kernel<T, false>, a.columns * ceil_div(patches, SIDE), THREADS, stream, a);
+  return launch_kernel(a.metric == DOT ? map_kernel<T, true> : map_kernel<T, false>,
+                       a.columns * ceil_div(patches, SIDE), THREADS, stream, a);
 }
 
 }  // namespace

@@ -46,7 +46,8 @@ struct Simt {
   // Rounded as in the tile, so that the norm is that of what is multiplied.
   __device__ static C square(Word word, C sum) { return multiply_add(word, word, sum); }
 
-  __device__ static void run(const Word (&x)[DEEP][ROWS + PAD], const Word (&p)[DEEP][COLUMNS + PAD], C (&sum)[RM][RN]) {
+  __device__ static void run(const Word (&x)[DEEP][ROWS + PAD], const Word (&p)[DEEP][COLUMNS + PAD],
+                             C (&sum)[RM][RN]) {
 #pragma unroll
     for (int k = 0; k < DEEP; ++k) {
       C a[RM], b[RN];
@@ -76,9 +77,7 @@ struct Mma {
   __device__ static int row(int i) {
     return threadIdx.x / LANES % 4 * 32 + i / 2 * 16 + i % 2 * 8 + threadIdx.x % LANES / 4;
   }
-  __device__ static int column(int j) {
-    return threadIdx.x / LANES / 4 * 32 + j / 2 * 8 + threadIdx.x % 4 * 2 + j % 2;
-  }
+  __device__ static int column(int j) { return threadIdx.x / LANES / 4 * 32 + j / 2 * 8 + threadIdx.x % 4 * 2 + j % 2; }
   __device__ static int sharer() { return threadIdx.x / LANES % 4 * 8 + threadIdx.x % LANES / 4; }
 
   // The word of elements from[0] and, where it holds two, from[step].
@@ -122,9 +121,12 @@ struct Mma {
     rest = to_tf32(value - __uint_as_float(large));
   }
 
-  __device__ static void run(const Word (&x)[DEEP][ROWS + PAD], const Word (&p)[DEEP][COLUMNS + PAD], float (&sum)[4][8]) {
-    const int depth = threadIdx.x % 4, first_row = row(0), first_column = threadIdx.x / LANES / 4 * 32 + threadIdx.x % LANES / 4;
-#pragma unroll
+  __device__ static void run(const Word (&x)[DEEP][ROWS + PAD], const Word (&p)[DEEP][COLUMNS + PAD],
+                             float (&sum)[4][8]) {
+    const int depth = threadIdx.x % 4, first_row = row(0),
+              first_column = threadIdx.x / LANES / 4 * 32 + threadIdx.x % LANES / 4;
+    constexpr int together = arithmetic == Arithmetic::TF32X3 ? 1 : DEEP / 8;  // more would spill
+#pragma unroll together
     for (int k = 0; k < DEEP; k += 8) {
       uint32_t b[4][2];
 #pragma unroll
@@ -220,8 +222,7 @@ __device__ inline void copy_vectors(const T* from, T* to) {
     T lane[lanes];
   };
 #pragma unroll
-  for (int i = 0; i < count; i += lanes)
-    *reinterpret_cast<Part*>(to + i) = *reinterpret_cast<const Part*>(from + i);
+  for (int i = 0; i < count; i += lanes) *reinterpret_cast<Part*>(to + i) = *reinterpret_cast<const Part*>(from + i);
 }
 
 // All scores of a tile before scale and bias, which are left in `s`: of OWN_ROWS × OWN_COLUMNS a thread. Every sum over
@@ -232,7 +233,7 @@ __device__ inline void accumulate(const Screen& a, Shared<E>& s, int64_t first_p
   using Word = typename E::Word;
   using Score = typename E::Score;
   constexpr int D = E::PER_WORD, QUADS = DEEP * E::ROWS / QUAD / THREADS;
-  constexpr int ACROSS = E::ROWS / QUAD;  // threads along the patches
+  constexpr int ACROSS = E::ROWS / QUAD;    // threads along the patches
   constexpr int ALONG = THREADS / E::ROWS;  // or along depth
   static_assert(QUADS >= 1 && ALONG >= 1 && ALONG * QUADS * QUAD == DEEP && DEEP * COLUMNS == QUAD * THREADS);
 
@@ -252,7 +253,7 @@ __device__ inline void accumulate(const Screen& a, Shared<E>& s, int64_t first_p
   unsigned something = 0;
 
   // A run of elements along depth; those past the end are 0.
-  const auto read_run = [&](const T* from, int64_t depth, bool vectors, bool spatial, T (&to)[QUAD * D]) {
+  const auto read_run = [&](const T* from, int depth, bool vectors, bool spatial, T(&to)[QUAD* D]) {
     if (from && vectors && depth + QUAD * D <= a.g.depth) {
       copy_vectors<QUAD * D>(from + depth, to);
     } else {
@@ -263,10 +264,10 @@ __device__ inline void accumulate(const Screen& a, Shared<E>& s, int64_t first_p
       }
     }
   };
-  const auto read = [&](int64_t first_word) {
+  const auto read = [&](int first_word) {
 #pragma unroll
     for (int q = 0; q < QUADS; ++q) {
-      const int64_t depth = (first_word + word_of(q)) * D;
+      const int depth = (first_word + word_of(q)) * D;
       if (a.along_depth) {
         const int64_t offset = s.offset[row];
         read_run(offset < 0 ? nullptr : x + offset, depth, a.vector_x, true, from_x[q]);
@@ -326,14 +327,14 @@ __device__ inline void accumulate(const Screen& a, Shared<E>& s, int64_t first_p
   for (int i = 0; i < E::OWN_ROWS; ++i)
 #pragma unroll
     for (int j = 0; j < E::OWN_COLUMNS; ++j) sum[i][j] = 0;
-  const int64_t words = (a.g.depth + D - 1) / D;
+  const int words = (a.g.depth + D - 1) / D;
   if (words > 0) {
     read(0);
     write(0);
   }
   __syncthreads();
   int buffer = 0;
-  for (int64_t first = 0; first < words; first += DEEP, buffer ^= 1) {
+  for (int first = 0; first < words; first += DEEP, buffer ^= 1) {
     const bool more = first + DEEP < words;
     if (more) read(first + DEEP);
     E::run(s.x[buffer], s.p[buffer], sum);
@@ -399,15 +400,32 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<E>) screen_best_kernel(const _
   const Block block = block_of(a);
   const int64_t first_prototype = block.column * COLUMNS, each = (a.tiles + a.splits - 1) / a.splits;
   const int64_t last = (block.split + 1) * each < a.tiles ? (block.split + 1) * each : a.tiles;
+  // The best so far waits in shared memory, where that is large enough, and leaves its registers to the sums.
+  constexpr bool parked = sizeof(Score) == 4;
+  __shared__ Score parked_best[parked ? E::OWN_COLUMNS : 1][THREADS];
+  __shared__ int parked_place[parked ? E::OWN_COLUMNS : 1][THREADS];
   Score best[E::OWN_COLUMNS];
   int place[E::OWN_COLUMNS];
+  const auto park = [&](bool out) {
+    if constexpr (parked) {
+#pragma unroll
+      for (int j = 0; j < E::OWN_COLUMNS; ++j) {
+        if (out)
+          best[j] = parked_best[j][threadIdx.x], place[j] = parked_place[j][threadIdx.x];
+        else
+          parked_best[j][threadIdx.x] = best[j], parked_place[j][threadIdx.x] = place[j];
+      }
+    }
+  };
 #pragma unroll
   for (int j = 0; j < E::OWN_COLUMNS; ++j) best[j] = -INFINITY, place[j] = NOWHERE;
+  park(false);
   for (int64_t tile = block.split * each; tile < last; ++tile) {
     set_rows(a, s, block.group, tile);
     __syncthreads();
     Score sum[E::OWN_ROWS][E::OWN_COLUMNS];
     accumulate<T, E>(a, s, first_prototype, sum);
+    park(true);
 #pragma unroll
     for (int i = 0; i < E::OWN_ROWS; ++i) {
       const int r = E::row(i), patch = static_cast<int>(tile * E::ROWS) + r;
@@ -419,8 +437,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<E>) screen_best_kernel(const _
         if (score > best[j]) best[j] = score, place[j] = patch;
       }
     }
+    park(false);
     __syncthreads();
   }
+  park(true);
 #pragma unroll
   for (int j = 0; j < E::OWN_COLUMNS; ++j) {
     s.best.score[E::column(j)][E::sharer()] = best[j];
@@ -444,7 +464,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<E>) screen_best_kernel(const _
 // scores of a tile go through shared memory, half of the columns at a time, and each column belongs to one warp, which
 // keeps its list in the result. Also where a tile holds several samples.
 template <class T, class E, bool verify>
-__global__ void __launch_bounds__(THREADS, verify ? 1 : BLOCKS<E>) screen_list_kernel(const __grid_constant__ Screen a) {
+__global__ void __launch_bounds__(THREADS, verify ? 1 : BLOCKS<E>)
+    screen_list_kernel(const __grid_constant__ Screen a) {
   using Score = typename E::Score;
   using Tile = Shared<E>;
   __shared__ Tile s;
@@ -508,7 +529,7 @@ __global__ void __launch_bounds__(THREADS, verify ? 1 : BLOCKS<E>) screen_list_k
               good = false;
               if (r < stop && s.allowed[r]) {
                 const Score error = score_error<Score>(a.g, a.metric, static_cast<Score>(a.bound), s.squared[r],
-                                                static_cast<Score>(a.length[prototype]));
+                                                       static_cast<Score>(a.length[prototype]));
                 good = score + error >= least;
               }
             }
@@ -554,7 +575,8 @@ template <class T, class E>
 const char* launch_screen(const Screen& a, void* stream) {
   const int64_t blocks = a.columns * a.splits * ceil_div(a.g.samples, a.grouped);
   if (a.least) return launch_kernel(screen_list_kernel<T, E, true>, blocks, THREADS, stream, a);
-  if (a.lists.topk > 1 || a.grouped > 1) return launch_kernel(screen_list_kernel<T, E, false>, blocks, THREADS, stream, a);
+  if (a.lists.topk > 1 || a.grouped > 1)
+    return launch_kernel(screen_list_kernel<T, E, false>, blocks, THREADS, stream, a);
   return launch_kernel(screen_best_kernel<T, E>, blocks, THREADS, stream, a);
 }
 

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(THREADS, 1) least_kernel(const __grid_constant
   const int64_t sample = pair / a.g.prototypes, prototype = pair % a.g.prototypes;
   const T* const p = static_cast<const T*>(a.p) + prototype * a.g.depth;
   double square = 0;
-  for (int64_t k = lane; k < a.g.depth; k += LANES) {
+  for (int k = lane; k < a.g.depth; k += LANES) {
     const double value = widen(p[k]);
     square = multiply_add(value, value, square);
   }
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(THREADS, 1) least_kernel(const __grid_constant
       const Entry entry = entry_of(mine, j);
       const T* const patch = patch_data<T>(a.g, a.x, sample, entry.place);
       double norm = 0;
-      for (int64_t k = lane; k < a.g.depth; k += LANES) {
+      for (int k = lane; k < a.g.depth; k += LANES) {
         const double value = widen(patch[depth_offset(a.g, k)]);
         norm = multiply_add(value, value, norm);
       }
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(THREADS, 1) refine_kernel(const __grid_constan
   bool direct = verified ? !(a.least[pair] == a.least[pair]) : undecided(candidates, topk);
   if (!verified && !direct) {  // as in least_kernel
     double square = 0;
-    for (int64_t k = lane; k < a.g.depth; k += LANES) {
+    for (int k = lane; k < a.g.depth; k += LANES) {
       const double value = widen(p[k]);
       square = multiply_add(value, value, square);
     }
@@ -166,8 +166,8 @@ Arithmetic arithmetic_of(Dtype dtype, Precision precision) {
   return precision == AUTO ? Arithmetic::IEEE : precision == TF32 ? Arithmetic::TF32 : Arithmetic::TF32X3;
 }
 
-// |score − exact score| ≤ bound · (|x||p| + |x|²/2): of rounding the inputs, which may shift both factors, and of the sums.
-// Tensor cores may truncate as they add.
+// |score − exact score| ≤ bound · (|x||p| + |x|²/2): of rounding the inputs, which may shift both factors, and of the
+// sums. Tensor cores may truncate as they add.
 double error_bound(Dtype dtype, Arithmetic arithmetic, int64_t depth) {
   const double terms = static_cast<double>(depth) + 16;
   double input = 0, sum = terms * 0x1p-22;
@@ -202,8 +202,7 @@ const char* screen(Dtype dtype, Arithmetic arithmetic, const Screen& a, void* st
 }  // namespace
 
 const char* prototype_search_cuda(const PrototypeSearch& args, void* stream) {
-  if (args.shape.topk > LANES)
-    return "topk is at most 32 in the CUDA kernels; backend='reference' takes any";
+  if (args.shape.topk > LANES) return "topk is at most 32 in the CUDA kernels; backend='reference' takes any";
   const int64_t pairs = args.shape.samples * args.shape.prototypes;
   if (pairs == 0 || args.shape.topk == 0) return nullptr;
   Geometry g;
@@ -213,7 +212,7 @@ const char* prototype_search_cuda(const PrototypeSearch& args, void* stream) {
   const int rows = rows_of(args.dtype);
   const auto size = static_cast<int64_t>(bytes(args.dtype));
   const bool halves = arithmetic == Arithmetic::BF16 || arithmetic == Arithmetic::F16;
-  const int64_t run = halves ? 8 : 4;  // elements that a thread reads along depth
+  const int64_t run = halves ? 8 : 4;                     // elements that a thread reads along depth
   const auto multiples = [&](int64_t of, bool channel) {  // of the strides that are used
     bool all = (g.samples == 1 || g.sample % of == 0) && (!channel || g.channels == 1 || g.channel % of == 0);
     for (int axis = 0; axis < AXES - 1 + !channel; ++axis) all = all && (g.size[axis] == 1 || g.stride[axis] % of == 0);
