@@ -14,7 +14,7 @@ help:
 demo: .venv/ready
 	.venv/bin/protofast demo --out runs/demo
 
-test: .venv/ready
+test: .venv/ready .venv/cabrnet/ready
 	.venv/bin/python -m pytest -n $(JOBS)
 
 check: .venv/ready
@@ -45,6 +45,14 @@ clean:
 	@$(PIP) install -r requirements.txt || { \
 	  echo "make: installing requirements.txt failed; see the lines above, mend the network or disk, and run make again"; exit 1; }
 	@touch $@
+
+# For tests/test_cabrnet.py alone, which skips without it; cabrnet is for Python 3.10 to 3.12.
+.venv/cabrnet/ready: .venv/packages requirements-cabrnet.txt
+	@if .venv/bin/python -c 'import sys; sys.exit(sys.version_info >= (3, 13))'; then \
+	  rm -rf .venv/cabrnet; \
+	  $(PIP) install --quiet --no-deps --only-binary :all: --target .venv/cabrnet -r requirements-cabrnet.txt && touch $@ || \
+	  echo "make: installing requirements-cabrnet.txt failed; the tests of protofast.cabrnet will skip"; \
+	else mkdir -p .venv/cabrnet && touch $@; fi
 
 # PROTOFAST_BUILD_CUDA=1 or 0 in the environment decides whether the CUDA sources are built; unset, an nvcc decides.
 .venv/ready: .venv/packages pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)

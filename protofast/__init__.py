@@ -18,9 +18,15 @@ from .prototype import (
 from .selection import Selection, farthest_pair, k_center, k_dispersion, k_medoids
 
 if TYPE_CHECKING:
-    from . import data, diffusers, diffusion, pxgen, selection
+    from . import data, diffusers, diffusion, nn, pxgen, selection
 
-_LAZY = ("data", "diffusers", "diffusion", "pxgen")  # their imports cost time that `import protofast` must not pay
+_LAZY = (
+    "data",
+    "diffusers",
+    "diffusion",
+    "nn",
+    "pxgen",
+)  # their imports cost time that `import protofast` must not pay
 
 
 def __getattr__(name: str) -> object:
@@ -49,6 +55,7 @@ __all__ = [
     "k_center",
     "k_dispersion",
     "k_medoids",
+    "nn",
     "prototype_activation",
     "prototype_distance",
     "prototype_map",

@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("protofast", "torch", "triton", "numpy", "diffusers", "scipy", "scikit-learn", "torch-cluster", "fpsample")
+_PACKAGES = (
+    *("protofast", "torch", "triton", "numpy", "diffusers", "scipy", "scikit-learn"),
+    *("torch-cluster", "fpsample", "pykeops", "faiss-cpu"),
+)
 
 
 def environment(device: str) -> dict[str, Any]:

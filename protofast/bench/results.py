@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,50 @@ def check_targets(spec: Spec, case: Case, device: str, rows: list[dict[str, Any]
                 "bound": target.bound,
                 "measured": measured,
                 "met": met,
+            }
+        )
+    return found
+
+
+_MEMORY = 1 << 20
+"""Smaller peaks drown in the noise of the resident set."""
+
+
+def check_medians(spec: Spec, device: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The spec's medians over the cases in `rows`, and the worst of them; met only if every such case was measured."""
+    found = []
+    for median in spec.medians:
+        cases: dict[str, dict[str, dict[str, Any]]] = {}
+        for row in rows:
+            if row["op"] == spec.op and all(row["params"].get(k) == v for k, v in median.where.items()):
+                cases.setdefault(row["case"], {})[row["contender"]] = row
+        if median.device != device or not cases:
+            continue
+        memory, values = median.of == "peak_memory", []
+        for case in list(cases):
+            mine, other = cases[case].get(median.contender), cases[case].get(median.against)
+            if memory and other is not None and other["peak_memory"] is not None and other["peak_memory"] < _MEMORY:
+                del cases[case]
+            elif mine is None or other is None or mine["wrong"]:
+                continue
+            elif not memory and median.against in mine["faster_than"]:
+                values.append(mine["faster_than"][median.against]["p50"])
+            elif memory and mine["peak_memory"] is not None and other["peak_memory"]:
+                values.append(mine["peak_memory"] / other["peak_memory"])
+        middle = statistics.median(values) if values else None
+        worst = (max if memory else min)(values, default=None)
+        met = middle is not None and (middle <= median.bound if memory else middle >= median.bound)
+        found.append(
+            {
+                "op": spec.op,
+                "case": f"{median.name}, median of {len(values)} of {len(cases)} cases",
+                "contender": median.contender,
+                "against": median.against,
+                "of": median.of,
+                "bound": median.bound,
+                "measured": middle,
+                "worst": worst,
+                "met": met and len(values) == len(cases),
             }
         )
     return found
@@ -234,6 +279,8 @@ def _target(target: dict[str, Any]) -> str:
     head = f"{target['op']} {target['case']}: {target['contender']}"
     if target["against"] is None:
         return f"{head} in ≤ {seconds(target['bound'])}"
+    if target.get("of") == "peak_memory":
+        return f"{head} ≤ {100 * target['bound']:.3g} % of the peak memory of {target['against']}"
     if target["bound"] >= 1:
         return f"{head} ≥ {target['bound']:.3g}× as fast as {target['against']}"
     return f"{head} ≤ {1 / target['bound']:.3g}× the time of {target['against']}"
@@ -245,7 +292,12 @@ def _measured(target: dict[str, Any]) -> str:
         return "not measured"
     if target["against"] is None:
         return seconds(value)
-    return f"{value:.3g}×" if target["bound"] >= 1 else f"{1 / value:.3g}×"
+    worst = (
+        f" (worst {_measured({**target, 'measured': target['worst'], 'worst': None})})" if target.get("worst") else ""
+    )
+    if target.get("of") == "peak_memory":
+        return f"{100 * value:.3g} %{worst}"
+    return (f"{value:.3g}×" if target["bound"] >= 1 else f"{1 / value:.3g}×") + worst
 
 
 def _on(flag: bool) -> str:

@@ -77,7 +77,8 @@ def run(
             raise ValueError(f"threads is {threads}; give 1 or more")
         torch.set_num_threads(threads)
         _limit_blas(threads)
-    work = [(spec, case) for spec in choose(ops, device) for case in spec.cases if shapes == "full" or case.quick]
+    specs = choose(ops, device)
+    work = [(s, case) for s in specs for case in (*s.cases, *s.drawn(seed)) if shapes == "full" or case.quick]
     budget = _BUDGET[shapes] if budget is None else budget
     path = Path(out) / f"{name or environment.name(device)}.json"
     result: dict[str, Any] = {
@@ -105,6 +106,8 @@ def run(
         result["targets"] += results.check_targets(spec, case, device, rows)
         result["seconds"] = round(time.monotonic() - started, 1)
         results.write_json(path, result)
+    for spec in specs:
+        result["targets"] += results.check_medians(spec, device, result["rows"])
     result["complete"] = True
     result["environment"]["load_after"] = environment.load()
     progress(len(work), len(work), "")
@@ -134,7 +137,7 @@ def measure(
     warm: dict[str, float] = {}
     skipped = []
     for name, prepare in spec.contenders.items():
-        if backends and name in {f"{OURS} {b}" for b in _ops.BACKENDS if b not in backends}:
+        if backends and any(f"{name} ".startswith(f"{OURS} {b} ") for b in _ops.BACKENDS if b not in backends):
             continue
         try:
             call = prepare(inputs)

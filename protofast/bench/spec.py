@@ -52,6 +52,22 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Median:
+    """A promise over the cases whose params have the items of `where`: the median of a ratio to `against`.
+
+    At least `bound` times as fast; with ``of="peak_memory"``, at most `bound` times the memory.
+    """
+
+    name: str
+    where: Mapping[str, Any]
+    contender: str
+    against: str
+    bound: float
+    of: str = "seconds"
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
 class Spec:
     """One op's benchmark.
 
@@ -68,6 +84,8 @@ class Spec:
         Plain library calls that move the bytes or do the flops the op cannot avoid. The slowest is the floor.
     bytes, flops : inputs -> int
         What the op cannot avoid: each input read once, each output written once; its multiplications and additions.
+    drawn : seed -> cases
+        More quick cases, drawn anew for each seed of a run.
     self_timed : bool
         The call returns its own seconds (a fresh process, say).
     """
@@ -85,6 +103,8 @@ class Spec:
     bytes: Callable[[Any], int] = lambda _: 0
     flops: Callable[[Any], int] = lambda _: 0
     targets: tuple[Target, ...] = ()
+    medians: tuple[Median, ...] = ()
+    drawn: Callable[[int], tuple[Case, ...]] = lambda _: ()
     devices: tuple[str, ...] = ("cpu", "cuda")
     self_timed: bool = False
 

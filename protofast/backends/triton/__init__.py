@@ -8,7 +8,11 @@ from typing import Any
 
 from protofast import _ops
 
-_KERNELS = {"ddim": ("ddim_coefficients", "ddim_step", "ddim_step_out"), "philox": ("philox_normal",)}
+_KERNELS = {
+    "ddim": ("ddim_coefficients", "ddim_step", "ddim_step_out"),
+    "philox": ("philox_normal",),
+    "prototype": ("prototype_activation", "prototype_backward", "prototype_map"),
+}
 """module of this package -> the ops it implements, by functions of the same names."""
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
