@@ -59,22 +59,23 @@ class Temporaries {
     };
   }
 
-  // Features with few enough axes; prototypes without gaps.
-  Layout layout(const Tensor*& features, const Tensor*& prototypes, const Tensor* like, int64_t topk) {
+  // Features (and a tensor like them) with few enough axes, copied where they have too many; prototypes without gaps.
+  Layout layout(const Tensor*& features, const Tensor*& prototypes, const Tensor** like, int64_t topk) {
     prototypes = &packed(*prototypes);
     const auto look = [&] {
-      const View other(like ? *like : *features);
+      const View other(like ? **like : *features);
       return Layout(View(*features), View(*prototypes), like ? &other : nullptr, topk);
     };
     Layout found = look();
     if (!found.fits) {
       features = &packed(*features);
+      if (like) *like = &packed(**like);
       found = look();
       STD_TORCH_CHECK(found.fits, "windows over more than ", AXES,
                       " axes have no native kernel; use backend='reference'");
     }
     found.x.data = features->data_ptr();
-    if (like) found.other.data = like->data_ptr();
+    if (like) found.other.data = (*like)->data_ptr();
     return found;
   }
 
@@ -172,7 +173,8 @@ std::tuple<Tensor, Tensor> gradient(const PrototypeKernels& kernels, const Maybe
   }
   PrototypeGradient args{};
   const Tensor *x = &features_tensor, *p = &prototypes_tensor;
-  const Layout layout = kept.layout(x, p, to_features ? &std::get<0>(out) : nullptr, topk);
+  const Tensor* to_x = &std::get<0>(out);
+  const Layout layout = kept.layout(x, p, to_features ? &to_x : nullptr, topk);
   args.shape = layout.shape, args.x = layout.x, args.to_x = layout.other, args.p = p->data_ptr();
   args.grad_activation = grad_activation ? data("grad_activation", *grad_activation, result) : nullptr;
   args.grad_distance = grad_distance ? data("grad_distance", *grad_distance, result) : nullptr;
@@ -183,6 +185,7 @@ std::tuple<Tensor, Tensor> gradient(const PrototypeKernels& kernels, const Maybe
   args.dtype = dtype_of(features), args.device = features.device;
   args.scratch = kept.scratch();
   kernels.gradient(args);
+  if (to_features && to_x != &std::get<0>(out)) torch::stable::copy_(std::get<0>(out), *to_x);
   return out;
 }
 

@@ -60,8 +60,12 @@ def prototype_distance(
         A patch with a False pixel in its window never wins. Where fewer than `topk` patches are left, the rest has
         index −1, distance +inf and no gradient.
     precision : {"auto", "ieee", "tf32x3", "tf32", "bf16"}
-        Arithmetic of the search on a GPU; it can change which of nearly equal patches wins, never how exact the
-        winner's distance is. The reference is exact in every one.
+        Arithmetic of the search; it can change which of nearly equal patches wins, never how exact the winner's
+        distance is. docs/prototypes.md has the bound of each. On a CPU ``auto`` measures every patch that the search
+        cannot tell from the nearest, and ``tf32x3`` and ``tf32`` are ``ieee``; the reference is exact in every one.
+    verify : bool, default False
+        Decide in float64 among all patches that may be the nearest (or the `topk` nearest): the winners are the true
+        ones, whatever the precision.
     backend : str, optional
 
     Returns
@@ -106,7 +110,7 @@ def prototype_activation(
 
     Parameters
     ----------
-    features, prototypes, metric, topk, mask, precision, backend
+    features, prototypes, metric, topk, mask, precision, verify, backend
         As for `prototype_distance`.
     activation : {"log", "linear", "exp", "reciprocal"} or None
         log((d + 1) / (d + eps)) as in ProtoPNet, −d, exp(−d) as in ProtoTree, 1 / (d + 1), or d itself for None.

@@ -124,7 +124,7 @@ template <class T>
 void search_typed(const PrototypeSearch& args) {
   using Real = RealOf<T>;
   const PrototypeShape& shape = args.shape;
-  const SearchPlan plan(shape, thread_count(), BEST_VALUE(panel_size<Real>()), BEST_VALUE(ROWS));
+  const SearchPlan plan(shape, thread_count(), BEST_VALUE(panel_size<Real>()), sizeof(Real));
   const int64_t rows = shape.samples * shape.prototypes, winners = plan.parts * rows * shape.topk;
   const Winners found{static_cast<double*>(args.scratch(winners * sizeof(double))),
                       static_cast<int64_t*>(args.scratch(winners * sizeof(int64_t))), shape.topk};
@@ -140,7 +140,7 @@ void search_typed(const PrototypeSearch& args) {
 template <class T>
 void map_typed(const PrototypeMap& args) {
   using Real = RealOf<T>;
-  const SearchPlan plan(args.shape, thread_count(), BEST_VALUE(panel_size<Real>()), BEST_VALUE(ROWS));
+  const SearchPlan plan(args.shape, thread_count(), BEST_VALUE(panel_size<Real>()), sizeof(Real));
   const auto map = BEST(map_tasks<T>);
   torch::stable::parallel_for(0, plan.tasks(), 1, [&](int64_t begin, int64_t end) { map(args, plan, begin, end); });
 }
@@ -156,7 +156,7 @@ void gradient_typed(const PrototypeGradient& args) {
   const int64_t runs = (plan.padded + run - 1) / run, rows = shape.prototypes * plan.window;
   // A number that the shape fixes, so that the sums do not depend on the threads.
   plan.groups = std::clamp<int64_t>(8 / runs, 1, shape.samples);
-  plan.factors = args.scratch(shape.samples * shape.prototypes * shape.topk * 3 * sizeof(Real));
+  plan.factors = args.scratch(shape.samples * shape.prototypes * shape.topk * 4 * sizeof(Real));
   const bool as_is = std::is_same_v<T, Real> && plan.window == 1 && plan.padded == shape.channels;
   plan.p = as_is ? args.p : args.scratch(rows * plan.padded * sizeof(Real));
   if (args.to_p)

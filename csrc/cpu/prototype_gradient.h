@@ -5,12 +5,12 @@
 
 constexpr int CHANNELS = 4;  // vectors in a run
 
-// What a winner's gradients are made of: factor·(x − p), or factor·p and factor·x, or (cosine) own·x + cross·p and
-// cross·x + other·p.
+// What a winner's gradients are made of: factor·(x − p), or factor·p and factor·x; of cosine, with x̂ = x·of_x and
+// p̂ = p·of_p, of_x·factor·(cos·x̂ − p̂) and of_p·factor·(cos·p̂ − x̂).
 template <class Real>
 struct WinnerFactor {
   Real factor;
-  Real own, other;  // of cosine, where `factor` is the cross term
+  Real cos, of_x, of_p;
 };
 
 template <class T>
@@ -53,8 +53,10 @@ class PrototypeGradients {
         add(b, [](V x, V p, const WinnerFactor<Real>& f, V& to_x, V& to_p)
                    INLINE_LAMBDA { to_x = p * -f.factor, to_p = x * -f.factor; });
       else if (args_.metric == COSINE)
-        add(b, [](V x, V p, const WinnerFactor<Real>& f, V& to_x, V& to_p)
-                   INLINE_LAMBDA { to_x = x * f.own + p * f.factor, to_p = p * f.other + x * f.factor; });
+        add(b, [](V x, V p, const WinnerFactor<Real>& f, V& to_x, V& to_p) INLINE_LAMBDA {
+          const V unit_x = x * f.of_x, unit_p = p * f.of_p;
+          to_x = (unit_x * f.cos - unit_p) * f.factor * f.of_x, to_p = (unit_p * f.cos - unit_x) * f.factor * f.of_p;
+        });
       else
         add(b, [](V x, V p, const WinnerFactor<Real>& f, V& to_x, V& to_p)
                    INLINE_LAMBDA { to_x = (x - p) * f.factor, to_p = -to_x; });
@@ -240,9 +242,8 @@ void winner_factors(const PrototypeGradient& args, const GradientPlan& plan, int
         xx += of_x * of_x, pp += of_p * of_p;
       }
       const double inverse_x = xx == 0 ? 0 : 1 / std::sqrt(xx), inverse_p = pp == 0 ? 0 : 1 / std::sqrt(pp);
-      to.factor = static_cast<Real>(-grad * inverse_x * inverse_p);
-      to.own = static_cast<Real>(grad * (1 - d) * inverse_x * inverse_x);
-      to.other = static_cast<Real>(grad * (1 - d) * inverse_p * inverse_p);
+      to = {static_cast<Real>(grad), static_cast<Real>(1 - d), static_cast<Real>(inverse_x),
+            static_cast<Real>(inverse_p)};
     } else {
       to.factor = static_cast<Real>(args.metric == SQEUCLIDEAN ? 2 * grad
                                     : args.metric == DOT       ? grad

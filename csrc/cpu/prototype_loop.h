@@ -181,9 +181,11 @@ struct Segment {
   int64_t sample, tile, tiles, count;
   int low, taller;  // patches of a tile, and how many tiles have one more
   double longest;   // square of a patch's length
-  double spread,
-      missed;  // squares of the lengths of a patch from the centre, and (cosine: relative) of what bytes miss
-  bool odd;    // holds what the fast form cannot rank: a NaN, or squares out of range
+  bool odd;         // has an odd patch: one that the fast form cannot rank, by a NaN or squares out of range
+  // Of bytes: squares of the lengths of a patch from the centre, and (of cosine, relative) of what is missed; and
+  // whether bytes will do.
+  double spread, missed;
+  bool by_bytes;
 
   int height(int64_t i) const { return low + (i < taller); }
 };
@@ -202,11 +204,10 @@ class PatchRows {
     chunks = (depth + L - 1) / L;
     cell_chunks = kind == Screen::bytes ? (chunks + 3) / 4 : (chunks + 1) / 2;
     for (int axis = 0; axis < AXES; ++axis) grid_[axis] = shape.grid(axis);
-    // About a MiB: enough rows that packing a panel costs little beside using it.
-    const int64_t bytes = std::max<int64_t>(1, chunks) * VECTOR_BYTES;
-    capacity = std::clamp<int64_t>((int64_t{1} << 20) / (bytes * ROWS), 256 / ROWS, 1024 / ROWS + 1);
+    at_once = rows_at_once(shape, sizeof(Real)), capacity = (at_once + ROWS - 1) / ROWS;
     const int64_t slots = capacity * ROWS;
     rows_ = row_buffer_.get(slots * chunks * L);
+    odd = odd_buffer_.get(slots);
     byte_start = byte_start_buffer_.get(slots), byte_scale = byte_scale_buffer_.get(slots);
     if (kind != Screen::real) cell_rows_ = cell_buffer_.get(slots * cell_chunks * L);
     centre = centre_buffer_.get(chunks * L);
@@ -217,18 +218,16 @@ class PatchRows {
     window_ = shape.window();
   }
 
-  // Packs patches of `sample` from `at` on as one segment, until the rows are full or `end` is reached, and moves `at`.
-  // Returns whether there was any.
-  bool add(int64_t sample, int64_t& at, int64_t end, const bool* mask) {
-    const int64_t room = (capacity - used) * ROWS;
+  // Packs the patches [at, end) of `sample` as one segment, for which there is room, and moves `at`.
+  void add(int64_t sample, int64_t& at, int64_t end, const bool* mask) {
     int64_t count = 0;
     int64_t* const list = id + used * ROWS;
-    for (; at < end && count < room; ++at)
+    for (; at < end; ++at)
       if (!mask || mask[sample * shape_.patches() + at]) list[count++] = at;
-    if (count == 0) return false;
+    if (count == 0) return;
     const int64_t tiles = (count + ROWS - 1) / ROWS;
     const int low = static_cast<int>(count / tiles), taller = static_cast<int>(count % tiles);
-    const Segment segment{sample, used, tiles, count, low, taller, 0, 0, 0, false};
+    const Segment segment{sample, used, tiles, count, low, taller, 0, false, 0, 0, true};
     segments.push_back(segment);
     // From dense to one place a row: the last first, since they only move up.
     int64_t from = count;
@@ -249,22 +248,22 @@ class PatchRows {
     else
       transposed(base, count);
     measure(count, segments.back());
-    return true;
   }
 
-  bool full(int64_t more) const { return capacity - used < std::min((more + ROWS - 1) / ROWS, capacity); }
+  bool full(int64_t more) const { return capacity - used < (more + ROWS - 1) / ROWS; }
   void clear() { used = 0, segments.clear(); }
 
   const Real* row(int64_t slot) const { return rows_ + slot / ROWS * (chunks * ROWS * L) + slot % ROWS * L; }
   const Real* rows(int64_t tile) const { return rows_ + tile * (chunks * ROWS * L); }
   const uint32_t* cell_rows(int64_t tile) const { return cell_rows_ + tile * (cell_chunks * ROWS * L); }
 
-  int64_t depth, chunks, cell_chunks, capacity, used = 0;
+  int64_t depth, chunks, cell_chunks, at_once, capacity, used = 0;
   std::vector<Segment> segments;
   // By slot (tile · ROWS + row): the patch, where its screen starts, what that is multiplied by, 1 / its length.
   int64_t* id;
   Real *start, *scale, *inverse;
   float *byte_start, *byte_scale;
+  bool* odd;
   Real* centre;
 
  private:
@@ -326,7 +325,8 @@ class PatchRows {
       const int64_t s = slot_[i];
       const Real* const x = row(s);
       const Real square = square_[i];
-      segment.odd |= !in_range(square) && !(square == 0 && zero(x));
+      odd[s] = !in_range(square) && !(square == 0 && zero(x));
+      segment.odd |= odd[s];
       segment.longest = std::max<double>(segment.longest, square);
       Real ranked = square;
       if (metric_ == COSINE) inverse[s] = ranked > 0 ? 1 / std::sqrt(ranked) : 0;
@@ -336,7 +336,7 @@ class PatchRows {
       }
       start[s] = metric_ == COSINE || metric_ == DOT ? 0 : -ranked / 2;
       if (metric_ == COSINE) scale[s] = ranked > 0 ? 1 / std::sqrt(ranked) : 0;
-      if (unit_)
+      if (unit_ && !odd[s])
         for (int64_t c = 0; c < chunks; ++c) {
           Real* const at = const_cast<Real*>(x) + c * ROWS * L;
           store_bits(at, load_bits<V>(at) * broadcast<V>(inverse[s]), false);
@@ -389,7 +389,7 @@ class PatchRows {
     byte_start[slot] = metric_ == COSINE || metric_ == DOT ? 0 : -total / 2;
     segment.spread = std::max<double>(segment.spread, total);
     segment.missed = std::max(segment.missed, missed);
-    segment.odd |= !(total <= std::numeric_limits<float>::max()) || (step == 0 && most > 0);
+    segment.by_bytes &= fit_for_bytes(total, most);
   }
 #endif
 
@@ -405,10 +405,14 @@ class PatchRows {
   }
 
  public:
-  // Squares that neither overflow nor lose their digits below the smallest number.
+  // Squares of lengths whose screens do not overflow, and which do not lose their digits below the smallest number.
   static bool in_range(Real square) {
     return square >= std::numeric_limits<Real>::min() * (sizeof(Real) == 4 ? 1e8 : 1e16) &&
-           square <= std::numeric_limits<Real>::max();
+           square <= std::numeric_limits<Real>::max() / 64;
+  }
+  // Neither do the squares of what bytes miss.
+  static bool fit_for_bytes(float square, float most) {
+    return (square == 0 && most == 0) || (square >= 1e-24f && square <= std::numeric_limits<float>::max() / 64);
   }
 
  private:
@@ -424,12 +428,26 @@ class PatchRows {
   Buffer<uint32_t> cell_buffer_;
   Buffer<int64_t> id_buffer_, slot_buffer_, place_buffer_;
   Buffer<Real*> out_buffer_;
+  Buffer<bool> odd_buffer_;
   // Of the segment that is packed.
   int64_t *slot_, *place_;
   Real *square_, **out_;
   Real* rows_;
   uint32_t* cell_rows_ = nullptr;
 };
+
+// Packs the patches of a task and calls flush() whenever no more fit, and at the end. Segments begin at multiples of a
+// number that the shape alone gives, so that no result depends on how the work is divided.
+template <class T, class Flush>
+INLINE void each_segment(const SearchTask& task, PatchRows<T>& patches, const bool* mask, const Flush& flush) {
+  for (int64_t b = task.samples.first; b < task.samples.last; ++b)
+    for (int64_t at = task.patches.first; at < task.patches.last;) {
+      const int64_t end = std::min(task.patches.last, at + patches.at_once);
+      if (patches.full(end - at)) flush();
+      patches.add(b, at, end, mask);
+    }
+  flush();
+}
 
 // Prototypes p[first], …: as rows, for the direct form, and transposed, for the tiles.
 template <class T>
@@ -467,7 +485,7 @@ class Panel {
                !(square[q] == 0 && std::all_of(to, to + padded, [](Real value) { return value == 0; }));
       length[q] = std::sqrt(square[q]);
       inverse[q] = square[q] > 0 ? 1 / length[q] : 0;
-      if (unit_)
+      if (unit_ && !odd[q])
         for (int64_t d = 0; d < padded; ++d) to[d] *= inverse[q];
     }
     if constexpr (sizeof(Real) == 4 && VECTOR_BYTES == 64) {
@@ -489,7 +507,7 @@ class Panel {
   alignas(64) float step[COUNT];
   alignas(64) int32_t start[COUNT];
   double lost[COUNT], kept[COUNT];
-  bool odd[COUNT];
+  bool odd[COUNT], by_bytes;
 
  private:
   template <class Cell>
@@ -516,18 +534,21 @@ class Panel {
   void pack_bytes() {
 #if VECTOR_BYTES == 64
     using F = Vector<float>;
+    by_bytes = true;
     const int64_t chunks = patches_.chunks, byte_chunks = patches_.cell_chunks;
     for (int q = 0; q < width * L; ++q) {
       const auto value = [&](int64_t c) INLINE_LAMBDA {
         if (q >= count) return F{};
         return bits<F>(load_bits<V>(rows_ + (q * chunks + c) * L)) - bits<F>(load_bits<V>(patches_.centre + c * L));
       };
-      F peak{}, missing{};
+      F peak{}, square{}, missing{};
       for (int64_t c = 0; c < chunks; ++c) {
         const F v = value(c), size = v < 0 ? -v : v;
         peak = size > peak ? size : peak;
+        square = fma(v, v, square);
       }
       const float most = largest<float, LANES<float>>(peak);
+      const bool fits = PatchRows<T>::fit_for_bytes(sum<float, LANES<float>>(square), most);
       step[q] = most / 127;
       const F per = broadcast<F>(most > 0 ? 127 / most : 0), by = broadcast<F>(-step[q]);
       int8_t* const to = reinterpret_cast<int8_t*>(small_rows_ + q * byte_chunks * L);
@@ -544,7 +565,7 @@ class Panel {
       start[q] = -128 * sum<int32_t, LANES<int32_t>>(total);
       lost[q] = std::sqrt(double{sum<float, LANES<float>>(missing)});
       kept[q] = step[q] * std::sqrt(double{sum<float, LANES<float>>(squares)});
-      odd[q] |= !(kept[q] <= std::numeric_limits<float>::max()) || (step[q] == 0 && most > 0);
+      by_bytes &= fits || odd[q];
     }
     transposed(small_rows_, byte_chunks, small_cells);
 #endif
@@ -558,6 +579,58 @@ class Panel {
   Real* rows_;
   uint32_t* small_rows_ = nullptr;
 };
+
+// The direct form of a patch and a prototype, in W.
+template <class W, class T>
+double direct(Metric metric, const PatchRows<T>& patches, int64_t slot, const Panel<T>& panel, int q) {
+  using Real = typename Memory<T>::Compute;
+  using V = Vector<Real>;
+  constexpr int L = LANES<Real>;
+  using Wide = typename VectorOf<W, L * sizeof(W)>::type;
+  const Real* const x = patches.row(slot);
+  const Real* const p = panel.row(q);
+  const int64_t chunks = patches.chunks;
+  const auto get_x = [&](int64_t c)
+                         INLINE_LAMBDA { return __builtin_convertvector(load_bits<V>(x + c * ROWS * L), Wide); };
+  const auto get_p = [&](int64_t c) INLINE_LAMBDA { return __builtin_convertvector(load_bits<V>(p + c * L), Wide); };
+  const auto fused = [](Wide a, Wide b, Wide to) INLINE_LAMBDA {
+    if constexpr (sizeof(Wide) == VECTOR_BYTES)
+      return fma(a, b, to);
+    else
+      return a * b + to;
+  };
+  Wide total{};
+  if (metric == DOT) {
+    for (int64_t c = 0; c < chunks; ++c) total = fused(get_x(c), get_p(c), total);
+    return -sum<W, L>(total);
+  }
+  if (metric == COSINE) {
+    W of_x = patches.inverse[slot], of_p = panel.inverse[q];
+    if constexpr (sizeof(W) == 8) {
+      Wide xx{}, pp{};
+      for (int64_t c = 0; c < chunks; ++c) xx = fused(get_x(c), get_x(c), xx), pp = fused(get_p(c), get_p(c), pp);
+      const W square_x = sum<W, L>(xx), square_p = sum<W, L>(pp);
+      if (square_x == 0 || square_p == 0) return square_x * square_p == 0 ? 1 : NAN;  // 0·∞ and 0·NaN
+      of_x = 1 / std::sqrt(square_x), of_p = 1 / std::sqrt(square_p);
+    } else if (of_x == 0 || of_p == 0) {
+      return 1;
+    }
+    for (int64_t c = 0; c < chunks; ++c) {
+      const Wide difference = get_x(c) * of_x - get_p(c) * of_p;
+      total = fused(difference, difference, total);
+    }
+    return sum<W, L>(total) / 2;
+  }
+  const auto add = [&](Wide& to, int64_t c) INLINE_LAMBDA {
+    const Wide difference = get_x(c) - get_p(c);
+    to = fused(difference, difference, to);
+  };
+  Wide other{};
+  int64_t c = 0;
+  for (; c + 1 < chunks; c += 2) add(total, c), add(other, c + 1);
+  if (c < chunks) add(total, c);
+  return sum<W, L>(total + other);
+}
 
 template <class T>
 class PrototypeSearcher {
@@ -583,12 +656,7 @@ class PrototypeSearcher {
   void run(const SearchTask& task) {
     for (int64_t b = task.samples.first; b < task.samples.last; ++b)
       for (int64_t p = task.prototypes.first; p < task.prototypes.last; ++p) winners_.clear(row(task.part, b, p));
-    for (int64_t b = task.samples.first; b < task.samples.last; ++b)
-      for (int64_t at = task.patches.first; at < task.patches.last;) {
-        if (patches_.full(task.patches.last - at)) flush(task);
-        patches_.add(b, at, task.patches.last, args_.mask);
-      }
-    flush(task);
+    each_segment(task, patches_, args_.mask, [&] { flush(task); });
   }
 
  private:
@@ -630,7 +698,7 @@ class PrototypeSearcher {
     if (one && keeps_) {
 #if VECTOR_BYTES == 64
       if constexpr (sizeof(Real) == 4)
-        if (kind_ == Screen::bytes && likely_by_bytes(segment, first)) return;
+        if (kind_ == Screen::bytes && segment.by_bytes && panel_.by_bytes && likely_by_bytes(segment, first)) return;
 #endif
       if (kind_ == Screen::bytes) panel_.pack_real();
       if (likely(segment, first)) return;
@@ -704,7 +772,7 @@ class PrototypeSearcher {
     int64_t at[COUNT];
     std::fill_n(at, COUNT, -1);
     for (const auto& [slot, q] : maybe_) {
-      const double d = args_.verify ? distance<double>(slot, q) : distance<Real>(slot, q);
+      const double d = distance(slot, q);
       if (at[q] < 0 || d < nearest_yet[q]) nearest_yet[q] = d, at[q] = patches_.id[slot];
     }
     for (int q = 0; q < panel_.count; ++q)
@@ -788,7 +856,7 @@ class PrototypeSearcher {
       if (panel_.odd[q])
         every(segment, q, first + q);
       else
-        winners_.offer(first + q, distance<Real>(slots[q], q), patches_.id[slots[q]]);
+        winners_.offer(first + q, distance(slots[q], q), patches_.id[slots[q]]);
   }
 
   // The best few, or all that may be among them.
@@ -830,12 +898,10 @@ class PrototypeSearcher {
       for (const Found& f : found_[q]) above += f.score > last;
       for (const Found& f : found_[q]) {
         if (keeps_) {
-          if (f.score > least[q])
-            winners_.offer(first + q, args_.verify ? distance<double>(f.slot, q) : distance<Real>(f.slot, q),
-                           patches_.id[f.slot]);
+          if (f.score > least[q]) winners_.offer(first + q, distance(f.slot, q), patches_.id[f.slot]);
         } else if (f.score > last || (f.score == last && above < topk)) {
           above += f.score == last;  // of equal screens, the first
-          winners_.offer(first + q, distance<Real>(f.slot, q), patches_.id[f.slot]);
+          winners_.offer(first + q, distance(f.slot, q), patches_.id[f.slot]);
         }
       }
     }
@@ -845,7 +911,7 @@ class PrototypeSearcher {
     for (int64_t t = 0; t < segment.tiles; ++t)
       for (int i = 0; i < segment.height(t); ++i) {
         const int64_t slot = (segment.tile + t) * ROWS + i;
-        winners_.offer(to, distance<double>(slot, q), patches_.id[slot]);
+        winners_.offer(to, distance(slot, q), patches_.id[slot]);
       }
   }
 
@@ -882,47 +948,11 @@ class PrototypeSearcher {
 #endif
   }
 
-  // The direct form of a patch and a prototype, in W.
-  template <class W>
+  // The direct form of a patch and a prototype.
   double distance(int64_t slot, int q) const {
-    using Wide = typename VectorOf<W, L * sizeof(W)>::type;
-    const Real* const x = patches_.row(slot);
-    const Real* const p = panel_.row(q);
-    const auto get_x = [&](int64_t c)
-                           INLINE_LAMBDA { return __builtin_convertvector(load_bits<V>(x + c * ROWS * L), Wide); };
-    const auto get_p = [&](int64_t c) INLINE_LAMBDA { return __builtin_convertvector(load_bits<V>(p + c * L), Wide); };
-    Wide total{};
-    if (args_.metric == DOT) {
-      for (int64_t c = 0; c < patches_.chunks; ++c) total += get_x(c) * get_p(c);
-      return -sum<W, L>(total);
-    }
-    if (args_.metric == COSINE) {
-      W of_x = patches_.inverse[slot], of_p = panel_.inverse[q];
-      if constexpr (sizeof(W) == 8) {
-        Wide xx{}, pp{};
-        for (int64_t c = 0; c < patches_.chunks; ++c) xx += get_x(c) * get_x(c), pp += get_p(c) * get_p(c);
-        const W square_x = sum<W, L>(xx), square_p = sum<W, L>(pp);
-        of_x = square_x == 0 ? 0 : 1 / std::sqrt(square_x), of_p = square_p == 0 ? 0 : 1 / std::sqrt(square_p);
-      }
-      if (of_x == 0 || of_p == 0) return 1;
-      for (int64_t c = 0; c < patches_.chunks; ++c) {
-        const Wide difference = get_x(c) * of_x - get_p(c) * of_p;
-        total += difference * difference;
-      }
-      return sum<W, L>(total) / 2;
-    }
-    const auto add = [&](Wide& to, int64_t c) INLINE_LAMBDA {
-      const Wide difference = get_x(c) - get_p(c);
-      if constexpr (sizeof(Wide) == VECTOR_BYTES)
-        to = fma(difference, difference, to);
-      else
-        to += difference * difference;
-    };
-    Wide other{};
-    int64_t c = 0;
-    for (; c + 1 < patches_.chunks; c += 2) add(total, c), add(other, c + 1);
-    if (c < patches_.chunks) add(total, c);
-    return sum<W, L>(total + other);
+    const bool wide = args_.verify || patches_.odd[slot] || panel_.odd[q];
+    return wide ? direct<double>(args_.metric, patches_, slot, panel_, q)
+                : direct<Real>(args_.metric, patches_, slot, panel_, q);
   }
 
   struct Found {
@@ -1026,12 +1056,7 @@ class PrototypeMapper {
         panel_(patches_, Screen::real, args.metric == COSINE) {}
 
   void run(const SearchTask& task) {
-    for (int64_t b = task.samples.first; b < task.samples.last; ++b)
-      for (int64_t at = task.patches.first; at < task.patches.last;) {
-        if (patches_.full(task.patches.last - at)) flush(task);
-        patches_.add(b, at, task.patches.last, nullptr);
-      }
-    flush(task);
+    each_segment(task, patches_, nullptr, [&] { flush(task); });
   }
 
  private:
@@ -1056,6 +1081,11 @@ class PrototypeMapper {
                        (segment.sample * args_.shape.prototypes + p + q) * args_.shape.patches() + patches_.id[slot];
       for (int i = 0; i < height; ++i) {
         const Real value = out[i * panel_.width * L + q];
+        if (patches_.odd[slot + i] || panel_.odd[q]) {
+          const double exact = direct<double>(args_.metric, patches_, slot + i, panel_, q);
+          to[i] = static_cast<Real>(args_.metric == EUCLIDEAN ? std::sqrt(exact) : exact);
+          continue;
+        }
         switch (args_.metric) {
           case DOT:
             to[i] = -value;

@@ -56,6 +56,12 @@ struct Range {
 // What tiles are made of: numbers as they are, pairs of bfloat16, or fours of bytes.
 enum class Screen { real, pairs, bytes };
 
+// Patches that are packed together: about a MiB, enough that packing the prototypes costs little beside using them.
+inline int64_t rows_at_once(const PrototypeShape& shape, int64_t element) {
+  const int64_t bytes = std::max<int64_t>(1, shape.channels * shape.window()) * element;
+  return std::clamp<int64_t>((int64_t{1} << 20) / bytes, 256, 1024);
+}
+
 struct SearchTask {
   Range samples, patches, prototypes;
   int64_t part;
@@ -63,23 +69,24 @@ struct SearchTask {
 
 // Samples first; then prototypes; then, for few of both, the patches, whose winners are brought together at the end.
 struct SearchPlan {
-  SearchPlan(const PrototypeShape& shape, int64_t threads, int64_t panel, int64_t rows) : shape(shape), panel(panel) {
+  SearchPlan(const PrototypeShape& shape, int64_t threads, int64_t panel, int64_t element)
+      : shape(shape), panel(panel), unit(rows_at_once(shape, element)) {
     const int64_t samples = shape.samples;
     ranges = samples % threads == 0 || samples >= 16 * threads ? std::min(samples, threads) : samples;
     groups = std::min(threads / std::gcd(ranges, threads), (shape.prototypes + panel - 1) / panel);
-    parts = std::clamp<int64_t>(threads / (ranges * groups), 1, std::max<int64_t>(1, shape.patches() / (8 * rows)));
+    parts = std::clamp<int64_t>(threads / (ranges * groups), 1, (shape.patches() + unit - 1) / unit);
   }
 
   int64_t tasks() const { return ranges * groups * parts; }
 
   SearchTask task(int64_t i) const {
     const int64_t part = i % parts, group = i / parts % groups, range = i / (parts * groups);
-    return {Range{0, shape.samples}.split(range, ranges), Range{0, shape.patches()}.split(part, parts),
+    return {Range{0, shape.samples}.split(range, ranges), Range{0, shape.patches()}.split(part, parts, unit),
             Range{0, shape.prototypes}.split(group, groups, panel), part};
   }
 
   const PrototypeShape& shape;
-  int64_t panel, ranges, groups, parts;
+  int64_t panel, unit, ranges, groups, parts;
 };
 
 // Where the elements of a patch lie, relative to its first: (channel, pixel of the window).

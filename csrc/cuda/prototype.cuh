@@ -156,13 +156,19 @@ struct Lists {
 };
 
 __device__ inline Entry merged(const Lists& lists, int64_t pair, int lane) {
-  Entry mine;
-  for (int64_t i = 0; i < lists.splits * lists.topk; ++i) {
-    Entry added;
-    added.key = lists.key[lists.at(pair, 0) + i];
-    added.place = lists.place[lists.at(pair, 0) + i];
-    const Entry worst = entry_of(mine, static_cast<int>(lists.topk) - 1);
-    if (before(added, worst)) insert(mine, added, lane);
+  Entry mine, worst;
+  const int64_t entries = lists.splits * lists.topk, first = lists.at(pair, 0);
+  for (int64_t start = 0; start < entries; start += LANES) {
+    Entry own;
+    if (start + lane < entries)
+      own.key = lists.key[first + start + lane], own.place = lists.place[first + start + lane];
+    unsigned left = __ballot_sync(ALL, before(own, worst));
+    while (left) {
+      insert(mine, entry_of(own, __ffs(static_cast<int>(left)) - 1), lane);
+      worst = entry_of(mine, static_cast<int>(lists.topk) - 1);
+      left &= left - 1;
+      left &= __ballot_sync(ALL, before(own, worst));
+    }
   }
   return mine;
 }

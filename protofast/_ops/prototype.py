@@ -175,12 +175,12 @@ def winner_gradients(
     to_prototypes: bool,
 ) -> tuple[Tensor, Tensor]:
     """Both gradients, or an empty tensor for one that is not wanted. Touches the winners alone, O(B·P·m·D), and is
-    itself differentiable."""
+    itself differentiable. In float64, rounded once."""
     batch, channels, *sizes = features.shape
-    count, work = prototypes.shape[0], distance.dtype
+    count, work = prototypes.shape[0], torch.float64
     kernel = kernel_size(features, prototypes)
     axes = (batch, count, topk, 1, 1)
-    distance, index = distance.reshape(axes), index.reshape(axes)
+    distance, index = distance.to(work).reshape(axes), index.reshape(axes)
     chosen = index >= 0
     # What is not chosen becomes a finite 0 at once, so that no NaN of it reaches a second derivative.
     distance = torch.where(chosen, distance, 0)
@@ -215,7 +215,10 @@ def winner_gradients(
         for size, coordinate in zip(sizes, coordinates, strict=True):
             pixel = pixel * size + coordinate
         total = torch.ops.protofast.prototype_scatter.reference(rows, pixel.flatten(1), math.prod(sizes))
-        grad_features = total.reshape(features.shape).to(features.dtype)
+        total = total.reshape(features.shape)
+        grad_features = (
+            torch.empty_like(features).copy_(total) if not torch.is_grad_enabled() else total.to(features.dtype)
+        )
     if to_prototypes:
         total = torch.where(chosen, to_p, 0).sum((0, 2)).transpose(1, 2)  # (P, D, K)
         grad_prototypes = total.reshape(prototypes.shape).to(prototypes.dtype)
@@ -237,7 +240,7 @@ def _fake_backward(
     to_prototypes,
 ):
     return (
-        features.new_empty(features.shape if to_features else 0),
+        torch.empty_like(features) if to_features else features.new_empty(0),
         prototypes.new_empty(prototypes.shape if to_prototypes else 0),
     )
 
