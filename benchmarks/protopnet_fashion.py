@@ -3,7 +3,8 @@
     python benchmarks/protopnet_fashion.py [--quick] [--out benchmarks/results]
 
 Both start from the same weights and see the same batches, for three seeds. Writes protopnet-fashion.md and .json: test
-accuracy, time and the layer's peak memory of each. `--quick` is the whole of it in seconds, on few images.
+accuracy, time and the layer's peak memory of each; and protopnet-fashion.png: what the last model's prototypes are.
+`--quick` is the whole of it in seconds, on few images.
 """
 
 from __future__ import annotations
@@ -160,8 +161,19 @@ def measure_layers(model: Classifier, images: Tensor, budget: float) -> dict[str
     return found
 
 
-def experiment(quick: bool, show: bool) -> dict[str, Any]:
-    """Trains all of it and returns what there is to tell."""
+def picture(model: Classifier, images: Tensor, labels: Tensor, path: Path) -> None:
+    """The three nearest patches, of images of their class, of one prototype a class."""
+    layer = pf.nn.PrototypeLayer(CLASSES * PER_CLASS, CHANNELS, init=model.prototype_vectors.detach())
+    batches = zip(images.split(500), labels.split(500), strict=True)
+    classes = torch.arange(CLASSES).repeat_interleave(PER_CLASS)
+    found = pf.nn.project(layer, model.encoder, batches, prototype_classes=classes, best=3, push=False, progress=False)
+    field = pf.nn.receptive_field(model.encoder, tuple(images.shape[2:]))
+    shown = [PER_CLASS * label + int(found.distance[classes == label, 0].argmin()) for label in range(CLASSES)]
+    pf.nn.prototype_sheet(found, images, field=field, prototypes=shown, path=path)
+
+
+def experiment(quick: bool, show: bool, sheet: Path) -> dict[str, Any]:
+    """Trains all of it, draws the prototypes and returns what there is to tell."""
     parts = [pf.data.load("fashion-mnist", split=split) for split in ("train", "test")]
     if quick:
         parts = [part.subset(range(200)) for part in parts]
@@ -175,6 +187,7 @@ def experiment(quick: bool, show: bool) -> dict[str, Any]:
             for name in sorted(LAYERS, reverse=bool(seed % 2)):
                 model, told = train(LAYERS[name], seed, images, labels, updates, advance)
                 runs.append({"layer": name, "seed": seed, "accuracy": accuracy(model, held_out, truth), **told})
+    picture(model.eval(), images[:10_000], labels[:10_000], sheet)
     layers = measure_layers(model, held_out, budget=0.2 if quick else 5.0)
     return {
         "format": "protofast-protopnet-1",
@@ -242,7 +255,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="two updates on 200 images, to see that it works")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args(arguments)
-    result = experiment(options.quick, show=sys.stderr.isatty())
+    options.out.mkdir(parents=True, exist_ok=True)
+    result = experiment(options.quick, sys.stderr.isatty(), options.out / "protopnet-fashion.png")
     text = to_markdown(result)
     contents = {"protopnet-fashion.md": text, "protopnet-fashion.json": json.dumps(result, indent=1) + "\n"}
     for name, content in contents.items():

@@ -113,7 +113,8 @@ def test_native_install(source):
     )
     assert (
         done.stdout.strip()
-        == "{'ddim_step': ['cpu'], 'ddim_step_out': ['cpu'], 'ddim_coefficients': ['cpu'], 'philox_normal': ['cpu']}"
+        == "{'ddim_step': ['cpu'], 'ddim_step_out': ['cpu'], 'ddim_coefficients': ['cpu'], 'philox_normal': ['cpu'], "
+        "'prototype_activation': ['cpu'], 'prototype_backward': ['cpu'], 'prototype_map': ['cpu']}"
     )
 
 
@@ -204,3 +205,38 @@ def test_cuda_keeps_the_bits_it_promises(tmp_path):
         if body in exact:
             assert "fma." not in body
             assert "sqrt.rn" in body
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not here")
+@pytest.mark.parametrize(
+    ("name", "wanted", "unwanted"),
+    [
+        ("simt", {"": "fma.rn.f(32|64)"}, "mma.sync"),
+        (
+            "tf32",
+            {r"ArithmeticE[12]E": r"mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"},
+            r"\.(bf16|f16)\.",
+        ),
+        (
+            "half",
+            {
+                r"ArithmeticE3E": r"m16n8k16.row.col.f32.bf16.bf16.f32",
+                r"ArithmeticE4E": r"m16n8k16.row.col.f32.f16.f16",
+            },
+            "tf32",
+        ),
+    ],
+)
+def test_the_search_multiplies_as_its_precision_says(name, wanted, unwanted, tmp_path):
+    """Every screening kernel has the instruction of its arithmetic, and none of another's."""
+    target = tmp_path / "kernels.ptx"
+    options = ["-std=c++20", "-O3", "-fmad=false", "-arch=sm_80", "-ptx", "-o", str(target)]
+    subprocess.run([NVCC, *options, str(ROOT / f"csrc/cuda/prototype_{name}.cu")], check=True, timeout=300)
+    bodies = [b for b in re.split(r"\.entry ", target.read_text())[1:] if re.match(r"\w*screen_", b)]
+    assert len(bodies) == {"simt": 12, "tf32": 6, "half": 12}[name]
+    for body in bodies:
+        kinds = [instruction for kind, instruction in wanted.items() if re.match(rf"\w*{kind}", body)]
+        assert len(kinds) == 1
+        assert re.search(kinds[0], body)
+        assert not re.search(unwanted, body)

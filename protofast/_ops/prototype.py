@@ -208,7 +208,7 @@ def winner_gradients(
     else:
         to_x = grad * (2 if metric == SQEUCLIDEAN else _invert(distance)) * (x - p)
         to_p = -to_x
-    grad_features = grad_prototypes = distance.new_empty(0)
+    grad_features, grad_prototypes = features.new_empty(0), prototypes.new_empty(0)
     if to_features:
         rows = torch.where(chosen, to_x, 0).flatten(1, 3)
         pixel = torch.zeros_like(coordinates[0])
