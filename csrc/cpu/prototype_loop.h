@@ -695,14 +695,14 @@ class PrototypeSearcher {
       return;
     }
     const bool one = args_.shape.topk == 1;
-    if (one && keeps_) {
 #if VECTOR_BYTES == 64
-      if constexpr (sizeof(Real) == 4)
-        if (kind_ == Screen::bytes && segment.by_bytes && panel_.by_bytes && likely_by_bytes(segment, first)) return;
+    if constexpr (sizeof(Real) == 4)
+      if (kind_ == Screen::bytes) {
+        if (segment.by_bytes && panel_.by_bytes && likely_by_bytes(segment, first)) return;
+        panel_.pack_real();
+      }
 #endif
-      if (kind_ == Screen::bytes) panel_.pack_real();
-      if (likely(segment, first)) return;
-    }
+    if ((keeps_ || !one) && likely(segment, first)) return;
     if (one && !args_.verify)
       nearest(segment, first);
     else
@@ -738,8 +738,8 @@ class PrototypeSearcher {
     tile_of<Products<Real>>(height, panel_.width, patches_.rows(t), panel_.cells, patches_.chunks, start, out);
   }
 
-  // Measures all patches that may be the nearest for what the screen is off by: so the nearest is one of them. False
-  // where they are too many.
+  // Measures all patches that may be the nearest (few) for what the screen is off by: so the nearest are among them.
+  // False where they are too many.
   template <class Score, class Bound>
   bool likely(const Segment& segment, int64_t first, const Score& score_tile, const Bound& bound_of) {
     const int width = panel_.width, stride = width * L;
@@ -748,13 +748,16 @@ class PrototypeSearcher {
     for (int j = 0; j < WIDE; ++j) best[j] = broadcast<V>(-std::numeric_limits<Real>::infinity());
     for (int64_t t = 0; t < segment.tiles; ++t)
       score_tile(segment.tile + t, segment.height(t), scores + t * ROWS * stride, best);
+    const int64_t topk = args_.shape.topk;
+    if (topk > 1)
+      for (int j = 0; j < width; ++j) best[j] = lower(segment, scores + j * L, best[j]);
     alignas(64) Real least[COUNT];
     for (int j = 0; j < WIDE; ++j) store_bits(least + j * L, best[j], false);
     for (int q = 0; q < COUNT; ++q)
-      least[q] =
-          q < panel_.count && !panel_.odd[q] ? least[q] - 2 * bound_of(q) : std::numeric_limits<Real>::infinity();
+      least[q] = q < panel_.count && !panel_.odd[q] ? least[q] - (keeps_ ? 2 * bound_of(q) : 0)
+                                                    : std::numeric_limits<Real>::infinity();
     // Beyond this many, the screen costs less than the measuring.
-    const int64_t room = panel_.count * (4 + segment.count * patches_.chunks / (3 * patches_.chunks + 24));
+    const int64_t room = panel_.count * (4 * topk + segment.count * patches_.chunks / (3 * patches_.chunks + 24));
     const V least_0 = load_bits<V>(least), least_1 = load_bits<V>(least + L);
     maybe_.clear();
     for (int64_t t = 0; t < segment.tiles; ++t) {
@@ -768,6 +771,12 @@ class PrototypeSearcher {
         if (static_cast<int64_t>(maybe_.size()) > room) return false;
       }
     }
+    for (int q = 0; q < panel_.count; ++q)
+      if (panel_.odd[q]) every(segment, q, first + q);
+    if (topk > 1) {
+      for (const auto& [slot, q] : maybe_) winners_.offer(first + q, distance(slot, q), patches_.id[slot]);
+      return true;
+    }
     double nearest_yet[COUNT];
     int64_t at[COUNT];
     std::fill_n(at, COUNT, -1);
@@ -776,11 +785,32 @@ class PrototypeSearcher {
       if (at[q] < 0 || d < nearest_yet[q]) nearest_yet[q] = d, at[q] = patches_.id[slot];
     }
     for (int q = 0; q < panel_.count; ++q)
-      if (panel_.odd[q])
-        every(segment, q, first + q);
-      else
-        winners_.offer(first + q, nearest_yet[q], at[q]);
+      if (at[q] >= 0) winners_.offer(first + q, nearest_yet[q], at[q]);
     return true;
+  }
+
+  // For each lane of the scores a number that at least topk of them reach, and few more: by halving.
+  V lower(const Segment& segment, const Real* scores, V high) const {
+    const auto each = [&](const auto& use) INLINE_LAMBDA {
+      for (int64_t t = 0; t < segment.tiles; ++t)
+        for (int i = 0; i < segment.height(t); ++i) use(load_bits<V>(scores + (t * ROWS + i) * panel_.width * L));
+    };
+    V low = high;
+    each([&](V score) INLINE_LAMBDA { low = score < low ? score : low; });
+    const int64_t topk = args_.shape.topk;
+    if (segment.count <= topk) return low;
+    using Slots = Vector<Slot>;
+    const Slots wanted = broadcast<Slots>(static_cast<Slot>(topk));
+    const Slots enough = broadcast<Slots>(static_cast<Slot>(topk + topk / 8));
+    for (int step = 0; step < 16; ++step) {
+      const V middle = low * Real{0.5} + high * Real{0.5};
+      Slots count{};
+      each([&](V score) INLINE_LAMBDA { count -= score >= middle; });
+      const auto reached = count >= wanted;
+      low = reached ? middle : low, high = reached ? high : middle;
+      if (lanes(reached & (count <= enough)) == lanes(low == low)) break;
+    }
+    return low;
   }
 
   bool likely(const Segment& segment, int64_t first) {
@@ -861,31 +891,38 @@ class PrototypeSearcher {
 
   // The best few, or all that may be among them.
   void several(const Segment& segment, int64_t first) {
-    const int64_t topk = args_.shape.topk;
+    const size_t topk = static_cast<size_t>(args_.shape.topk);
     constexpr Real NONE_YET = -std::numeric_limits<Real>::infinity();
     alignas(64) Real least[COUNT], slack[COUNT];
-    best_.assign(COUNT * topk, NONE_YET);  // of each prototype, in descending order
+    size_t limit[COUNT];
     found_.resize(COUNT);
     for (int q = 0; q < COUNT; ++q) {
       found_[q].clear();
+      limit[q] = 3 * topk + 16;
       // What is odd is not ranked; nothing is above infinity.
       least[q] = q < panel_.count && !panel_.odd[q] ? NONE_YET : -NONE_YET;
       slack[q] = q < panel_.count && keeps_ ? 2 * bound(segment, q) : 0;
     }
+    // Leaves what may still be among the best few, and sets what must be exceeded from now on.
+    const auto prune = [&](int q) {
+      std::vector<Found>& found = found_[q];
+      if (found.size() < topk) return;
+      const auto last = found.begin() + static_cast<std::ptrdiff_t>(topk) - 1;
+      std::nth_element(found.begin(), last, found.end(), [](const Found& a, const Found& b) {
+        return a.score > b.score || (a.score == b.score && a.slot < b.slot);
+      });
+      least[q] = keeps_ ? std::nextafter(last->score - slack[q], NONE_YET) : last->score;
+      if (keeps_)
+        std::erase_if(found, [&](const Found& f) { return f.score <= least[q]; });
+      else
+        found.resize(topk);
+      limit[q] = std::max(limit[q], 2 * found.size());
+    };
     screen(segment, [&](int64_t slot, int j, V value) {
       for (uint32_t hit = lanes(value > load_bits<V>(least + j * L)); hit; hit &= hit - 1) {
         const int i = __builtin_ctz(hit), q = j * L + i;
         found_[q].push_back({value[i], slot});
-        Real* const best = best_.data() + q * topk;
-        int64_t to = topk - 1;
-        if (value[i] > best[to]) {
-          for (; to > 0 && value[i] > best[to - 1]; --to) best[to] = best[to - 1];
-          best[to] = value[i];
-        }
-        const Real last = best[topk - 1];
-        least[q] = keeps_ ? std::nextafter(last - slack[q], NONE_YET) : last;
-        if (static_cast<int64_t>(found_[q].size()) > 4 * topk + 64)
-          std::erase_if(found_[q], [&](const Found& f) { return keeps_ ? f.score <= least[q] : f.score < last; });
+        if (found_[q].size() == limit[q] || found_[q].size() == topk) prune(q);
       }
     });
     for (int q = 0; q < panel_.count; ++q) {
@@ -893,17 +930,8 @@ class PrototypeSearcher {
         every(segment, q, first + q);
         continue;
       }
-      const Real last = best_[(q + 1) * topk - 1];
-      int64_t above = 0;
-      for (const Found& f : found_[q]) above += f.score > last;
-      for (const Found& f : found_[q]) {
-        if (keeps_) {
-          if (f.score > least[q]) winners_.offer(first + q, distance(f.slot, q), patches_.id[f.slot]);
-        } else if (f.score > last || (f.score == last && above < topk)) {
-          above += f.score == last;  // of equal screens, the first
-          winners_.offer(first + q, distance(f.slot, q), patches_.id[f.slot]);
-        }
-      }
+      prune(q);
+      for (const Found& f : found_[q]) winners_.offer(first + q, distance(f.slot, q), patches_.id[f.slot]);
     }
   }
 
@@ -971,7 +999,6 @@ class PrototypeSearcher {
   PatchRows<T> patches_;
   Panel<T> panel_;
   double error_;
-  std::vector<Real> best_;
   std::vector<std::vector<Found>> found_;
   std::vector<Pair> maybe_;
   Buffer<Real> score_buffer_;

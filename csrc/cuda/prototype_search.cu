@@ -232,7 +232,8 @@ const char* prototype_search_cuda(const PrototypeSearch& args, void* stream) {
                  multiples(4, true);
   a.vector_p = g.depth % run == 0 && aligned(a.p, 16);
 
-  // Several small samples share a tile; of large ones, tiles go to several blocks where there would be too few blocks.
+  // Several small samples share a tile (two of 7 × 7: 98 of 128 rows); of large ones, tiles go to several blocks where
+  // there would be too few blocks.
   a.grouped = static_cast<int>(std::clamp<int64_t>(rows / std::max(g.patches, 1), 1, g.samples));
   a.tiles = ceil_div(g.patches, rows);
   a.columns = ceil_div(g.prototypes, COLUMNS);
