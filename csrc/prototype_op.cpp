@@ -193,10 +193,12 @@ Tensor map(const PrototypeKernels& kernels, const Tensor& features_tensor, const
            int64_t metric) {
   const View features(features_tensor), prototypes(prototypes_tensor);
   check_same("prototypes", prototypes, features, features.dtype);
+  STD_TORCH_CHECK(prototypes.dim == 2 || prototypes.dim == features.dim, "prototypes must be (P, D) or (P, D, *K)");
   std::vector<int64_t> sizes(features.sizes, features.sizes + features.dim), strides(features.dim, 1);
   sizes[1] = prototypes.sizes[0];
   for (int64_t axis = features.dim - 1; axis > 0; --axis) {
     if (axis >= 2 && prototypes.dim > 2) sizes[axis] -= prototypes.sizes[axis] - 1;
+    STD_TORCH_CHECK(axis < 2 || sizes[axis] >= 1, "a window must fit into the features");
     strides[axis - 1] = strides[axis] * std::max<int64_t>(1, sizes[axis]);
   }
   Tensor out = empty(features, features.dim, sizes.data(), strides.data(), result_dtype(features));

@@ -1,13 +1,17 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and digests of what they came from."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
 
 
 @contextmanager
@@ -29,3 +33,13 @@ def replacing(path: str | os.PathLike[str], *, durable: bool = False) -> Iterato
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def digest(value: Any) -> str:
+    """A name for the contents of a tensor. Of other values, what they are if they are plain, or else their type."""
+    if isinstance(value, Tensor):
+        flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        found = hashlib.blake2b(flat.data, digest_size=16)
+        found.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        return found.hexdigest()
+    return repr(value) if isinstance(value, (type(None), bool, int, float, str)) else type(value).__name__

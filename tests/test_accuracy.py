@@ -89,6 +89,15 @@ def test_our_rows_are_within_the_float32_bound(result: dict) -> None:
         assert row["gradient"] <= roundings * 2**-24 + narrow, row["method"]
 
 
+def test_every_precision_of_every_backend_has_a_row(monkeypatch) -> None:
+    monkeypatch.setattr(accuracy, "why_not", lambda *_: None)
+    names = [contender.name for contender in accuracy.contenders("cuda")]
+    assert len(set(names)) == len(names)
+    for backend in ("native", "triton"):
+        settings = ("auto", "ieee", "tf32x3", "tf32", "bf16", "auto, verify", "bf16, verify", "bfloat16 input")
+        assert {f"protofast {backend}, {setting}" for setting in settings} <= set(names)
+
+
 def test_what_people_run_is_not(result: dict) -> None:
     """The bound can be missed: the expansions and the lower precisions do, where a patch is near."""
     by_name = {row["method"]: row for row in result["rows"]}

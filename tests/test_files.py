@@ -3,8 +3,9 @@
 import os
 
 import pytest
+import torch
 
-from protofast._files import replacing
+from protofast._files import digest, replacing
 
 
 def test_a_file_is_replaced_at_the_end_and_readable_as_any_other(tmp_path):
@@ -30,3 +31,12 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
         file.writelines([b"half", "no bytes"])
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_digest_tells_contents_dtype_and_shape_apart():
+    x = torch.arange(6.0)
+    assert digest(x) == digest(torch.stack([x, x])[1]) == digest(torch.stack([x, x], 1)[:, 0])
+    others = (x + 1, x.double(), x.reshape(2, 3), x.int(), x[:0], torch.tensor(0.0))
+    assert len({digest(x), *map(digest, others)}) == 7
+    assert digest(0.1) == "0.1"
+    assert digest(object()) == "object"

@@ -11,7 +11,7 @@ from protofast import _ops
 
 pytestmark = pytest.mark.skipif("native" in _ops.UNAVAILABLE, reason=_ops.UNAVAILABLE.get("native", ""))
 
-ISAS = ["plain", "avx2", "avx512"]
+ISAS = ["plain", "avx2", "avx512", "avx512vnni", "avx512bf16"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 

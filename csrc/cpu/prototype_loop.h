@@ -180,12 +180,10 @@ INLINE void each_vector(const T* from, int64_t count, const Use& use) {
 struct Segment {
   int64_t sample, tile, tiles, count;
   int low, taller;  // patches of a tile, and how many tiles have one more
-  double longest;   // square of a patch's length
-  bool odd;         // has an odd patch: one that the fast form cannot rank, by a NaN or squares out of range
-  // Of bytes: squares of the lengths of a patch from the centre, and (of cosine, relative) of what is missed; and
-  // whether bytes will do.
-  double spread, missed;
-  bool by_bytes;
+  int64_t odd,
+      first_odd;   // patches that the fast forms cannot rank, by a NaN or squares out of range; and where listed
+  double longest;  // square of the others' longest
+  bool by_bytes;   // whether bytes will do
 
   int height(int64_t i) const { return low + (i < taller); }
 };
@@ -197,9 +195,10 @@ class PatchRows {
   using V = Vector<Real>;
   static constexpr int L = LANES<Real>;
 
-  // With `unit`, rows are divided by their lengths. Bytes are of what is left without the centre.
-  PatchRows(const PrototypeShape& shape, const FeatureMap& x, Metric metric, Screen kind, bool unit)
-      : shape_(shape), x_(x), metric_(metric), kind_(kind), unit_(unit), offset_(patch_offsets(shape, x)) {
+  // With `unit`, rows are divided by their lengths; with `once`, the first of equal patches is enough. Bytes are of
+  // what is left without the centre.
+  PatchRows(const PrototypeShape& shape, const FeatureMap& x, Metric metric, Screen kind, bool unit, bool once)
+      : shape_(shape), x_(x), metric_(metric), kind_(kind), unit_(unit), once_(once), offset_(patch_offsets(shape, x)) {
     depth = static_cast<int64_t>(offset_.size());
     chunks = (depth + L - 1) / L;
     cell_chunks = kind == Screen::bytes ? (chunks + 3) / 4 : (chunks + 1) / 2;
@@ -208,11 +207,13 @@ class PatchRows {
     const int64_t slots = capacity * ROWS;
     rows_ = row_buffer_.get(slots * chunks * L);
     odd = odd_buffer_.get(slots);
-    byte_start = byte_start_buffer_.get(slots), byte_scale = byte_scale_buffer_.get(slots);
+    Real** const numbers[] = {&start, &scale, &far, &inverse, &reach, &square_of};
+    for (size_t i = 0; i < std::size(numbers); ++i) *numbers[i] = number_buffers_[i].get(slots);
+    float** const of_bytes[] = {&byte_start, &byte_scale, &byte_reach, &byte_square, &missed};
+    for (size_t i = 0; i < std::size(of_bytes); ++i) *of_bytes[i] = byte_number_buffers_[i].get(slots);
     if (kind != Screen::real) cell_rows_ = cell_buffer_.get(slots * cell_chunks * L);
     centre = centre_buffer_.get(chunks * L);
     std::fill_n(centre, chunks * L, Real{0});
-    start = start_buffer_.get(slots), scale = scale_buffer_.get(slots), inverse = inverse_buffer_.get(slots);
     id = id_buffer_.get(slots), slot_ = slot_buffer_.get(slots), place_ = place_buffer_.get(slots);
     square_ = square_buffer_.get(slots + L), out_ = out_buffer_.get(slots);
     window_ = shape.window();
@@ -227,7 +228,7 @@ class PatchRows {
     if (count == 0) return;
     const int64_t tiles = (count + ROWS - 1) / ROWS;
     const int low = static_cast<int>(count / tiles), taller = static_cast<int>(count % tiles);
-    const Segment segment{sample, used, tiles, count, low, taller, 0, false, 0, 0, true};
+    const Segment segment{sample, used, tiles, count, low, taller, 0, static_cast<int64_t>(odd_slots.size()), 0, true};
     segments.push_back(segment);
     // From dense to one place a row: the last first, since they only move up.
     int64_t from = count;
@@ -251,7 +252,7 @@ class PatchRows {
   }
 
   bool full(int64_t more) const { return capacity - used < (more + ROWS - 1) / ROWS; }
-  void clear() { used = 0, segments.clear(); }
+  void clear() { used = 0, segments.clear(), odd_slots.clear(); }
 
   const Real* row(int64_t slot) const { return rows_ + slot / ROWS * (chunks * ROWS * L) + slot % ROWS * L; }
   const Real* rows(int64_t tile) const { return rows_ + tile * (chunks * ROWS * L); }
@@ -259,10 +260,13 @@ class PatchRows {
 
   int64_t depth, chunks, cell_chunks, at_once, capacity, used = 0;
   std::vector<Segment> segments;
-  // By slot (tile · ROWS + row): the patch, where its screen starts, what that is multiplied by, 1 / its length.
+  std::vector<int64_t> odd_slots;
+  // By slot (tile · ROWS + row): the patch; where its screen starts and what that is multiplied by; where its direct
+  // form starts; 1 / its length; and what a bound is made of: the length (cosine: 1) and its square (where it enters).
   int64_t* id;
-  Real *start, *scale, *inverse;
-  float *byte_start, *byte_scale;
+  Real *start, *scale, *far, *inverse, *reach, *square_of;
+  // The same of bytes, and the length of what they miss.
+  float *byte_start, *byte_scale, *byte_reach, *byte_square, *missed;
   bool* odd;
   Real* centre;
 
@@ -320,23 +324,60 @@ class PatchRows {
     }
   }
 
+  // From the tiles' choice: whatever is added to an infinity leaves it, or is NaN.
+  void exclude(int64_t slot) {
+    constexpr Real INF = std::numeric_limits<Real>::infinity();
+    start[slot] = -INF, byte_start[slot] = -std::numeric_limits<float>::infinity(), far[slot] = INF;
+    scale[slot] = 1, reach[slot] = square_of[slot] = 0;
+    byte_scale[slot] = byte_reach[slot] = byte_square[slot] = missed[slot] = 0;
+  }
+
+  // Is the patch, such as one of a background, equal to an earlier one of the segment, which therefore goes before it?
+  bool repeated(int64_t slot, Real square) {
+    uint64_t key = 0;
+    std::memcpy(&key, &square, sizeof(square));
+    int64_t& seen = seen_[key * 0x9e3779b97f4a7c15 >> 58];
+    if (seen < 0) {
+      seen = slot;
+      return false;
+    }
+    const Real *const x = row(slot), *const y = row(seen);
+    for (int64_t c = 0; c < chunks * ROWS * L; c += ROWS * L)
+      if (std::memcmp(x + c, y + c, L * sizeof(Real)) != 0) {
+        seen = slot;
+        return false;
+      }
+    return true;
+  }
+
   void measure(int64_t count, Segment& segment) {
+    std::fill_n(seen_, 64, -1);
+    const bool squared = metric_ == SQEUCLIDEAN || metric_ == EUCLIDEAN;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t s = slot_[i];
       const Real* const x = row(s);
       const Real square = square_[i];
       odd[s] = !in_range(square) && !(square == 0 && zero(x));
-      segment.odd |= odd[s];
-      segment.longest = std::max<double>(segment.longest, square);
+      inverse[s] = metric_ == COSINE && square > 0 ? 1 / std::sqrt(square) : 0;
+      if (odd[s]) {
+        odd_slots.push_back(s), ++segment.odd;
+        exclude(s);
+        continue;
+      }
+      if (once_ && repeated(s, square)) {
+        exclude(s);
+        continue;
+      }
       Real ranked = square;
-      if (metric_ == COSINE) inverse[s] = ranked > 0 ? 1 / std::sqrt(ranked) : 0;
       if constexpr (sizeof(Real) == 4 && VECTOR_BYTES == 64) {
         if (kind_ == Screen::pairs) ranked = round_pairs(x, s);
         if (kind_ == Screen::bytes) round_bytes(x, s, segment);
       }
-      start[s] = metric_ == COSINE || metric_ == DOT ? 0 : -ranked / 2;
-      if (metric_ == COSINE) scale[s] = ranked > 0 ? 1 / std::sqrt(ranked) : 0;
-      if (unit_ && !odd[s])
+      segment.longest = std::max<double>(segment.longest, square);
+      start[s] = squared ? -ranked / 2 : 0, far[s] = 0;
+      scale[s] = metric_ == COSINE && ranked > 0 ? 1 / std::sqrt(ranked) : 0;
+      reach[s] = metric_ == COSINE ? 1 : std::sqrt(square), square_of[s] = squared ? square : 0;
+      if (unit_)
         for (int64_t c = 0; c < chunks; ++c) {
           Real* const at = const_cast<Real*>(x) + c * ROWS * L;
           store_bits(at, load_bits<V>(at) * broadcast<V>(inverse[s]), false);
@@ -383,12 +424,12 @@ class PatchRows {
                        _mm512_cvtepi32_epi8(_mm512_add_epi32(whole, _mm512_set1_epi32(128))));
     }
     const float total = sum<float, LANES<float>>(square);
-    double missed = sum<float, LANES<float>>(lost);
-    byte_scale[slot] = step;
-    if (metric_ == COSINE) byte_scale[slot] *= inverse[slot], missed = total > 0 ? missed / total : 0;
-    byte_start[slot] = metric_ == COSINE || metric_ == DOT ? 0 : -total / 2;
-    segment.spread = std::max<double>(segment.spread, total);
-    segment.missed = std::max(segment.missed, missed);
+    const float square_missed = sum<float, LANES<float>>(lost);
+    const bool squared = metric_ == SQEUCLIDEAN || metric_ == EUCLIDEAN;
+    byte_scale[slot] = metric_ == COSINE ? step * inverse[slot] : step;
+    missed[slot] = std::sqrt(metric_ == COSINE ? (total > 0 ? square_missed / total : 0) : square_missed);
+    byte_start[slot] = squared ? -total / 2 : 0;
+    byte_reach[slot] = metric_ == COSINE ? 1 : std::sqrt(total), byte_square[slot] = squared ? total : 0;
     segment.by_bytes &= fit_for_bytes(total, most);
   }
 #endif
@@ -420,11 +461,12 @@ class PatchRows {
   const FeatureMap& x_;
   const Metric metric_;
   const Screen kind_;
-  const bool unit_;
+  const bool unit_, once_;
+  int64_t seen_[64];  // patches of the segment, by the squares of their lengths
   const std::vector<int64_t> offset_;
   int64_t grid_[AXES], window_;
-  Buffer<Real> row_buffer_, start_buffer_, scale_buffer_, inverse_buffer_, centre_buffer_, square_buffer_;
-  Buffer<float> byte_start_buffer_, byte_scale_buffer_;
+  Buffer<Real> row_buffer_, centre_buffer_, square_buffer_, number_buffers_[6];
+  Buffer<float> byte_number_buffers_[5];
   Buffer<uint32_t> cell_buffer_;
   Buffer<int64_t> id_buffer_, slot_buffer_, place_buffer_;
   Buffer<Real*> out_buffer_;
@@ -467,7 +509,7 @@ class Panel {
   }
 
   void pack(const T* p, int64_t first, int64_t number) {
-    count = static_cast<int>(number);
+    count = static_cast<int>(number), real_ = false;
     width = (count + L - 1) / L;
     const int64_t depth = patches_.depth, padded = patches_.chunks * L;
     for (int q = 0; q < width * L; ++q) {
@@ -495,7 +537,10 @@ class Panel {
     pack_real();
   }
 
-  void pack_real() { transposed(rows_, patches_.chunks, cells); }
+  void pack_real() {
+    if (!real_) transposed(rows_, patches_.chunks, cells);
+    real_ = true;
+  }
 
   const Real* row(int q) const { return rows_ + q * patches_.chunks * L; }
 
@@ -574,6 +619,7 @@ class Panel {
   const PatchRows<T>& patches_;
   const Screen kind_;
   const bool unit_;
+  bool real_;
   Buffer<Real> row_buffer_, cell_buffer_;
   Buffer<uint32_t> small_row_buffer_, small_cell_buffer_;
   Real* rows_;
@@ -639,13 +685,14 @@ class PrototypeSearcher {
   using V = Vector<Real>;
   using Slot = std::conditional_t<sizeof(Real) == 8, int64_t, int32_t>;
   static constexpr int L = LANES<Real>, COUNT = WIDE * L;
+  static constexpr Real INF = std::numeric_limits<Real>::infinity();
 
   PrototypeSearcher(const PrototypeSearch& args, const Winners& winners, Screen kind)
       : args_(args),
         winners_(winners),
         kind_(kind),
         keeps_(args.verify || args.precision == AUTO),
-        patches_(args.shape, args.x, args.metric, kind, false),
+        patches_(args.shape, args.x, args.metric, kind, false, args.shape.topk == 1),
         panel_(patches_, kind, false) {
     // Of a sum of depth + 1 products in any order, and of operands rounded to bfloat16.
     const double unit = std::numeric_limits<Real>::epsilon() / 2;
@@ -690,80 +737,199 @@ class PrototypeSearcher {
   }
 
   void search(const Segment& segment, int64_t first) {
-    if (segment.odd) {
-      for (int q = 0; q < panel_.count; ++q) every(segment, q, first + q);
-      return;
+    if (segment.odd < segment.count) {
+      if (args_.shape.topk == 1 && !keeps_)
+        nearest(segment, first);
+      else
+        measured(segment, first);
     }
-    const bool one = args_.shape.topk == 1;
-#if VECTOR_BYTES == 64
-    if constexpr (sizeof(Real) == 4)
-      if (kind_ == Screen::bytes) {
-        if (segment.by_bytes && panel_.by_bytes && likely_by_bytes(segment, first)) return;
-        panel_.pack_real();
-      }
-#endif
-    if ((keeps_ || !one) && likely(segment, first)) return;
-    if (one && !args_.verify)
-      nearest(segment, first);
-    else
-      several(segment, first);
+    for (int q = 0; q < panel_.count; ++q) {
+      if (panel_.odd[q])
+        for (int64_t t = 0; t < segment.tiles; ++t)
+          for (int i = 0; i < segment.height(t); ++i) offer(first, (segment.tile + t) * ROWS + i, q);
+      else
+        for (int64_t i = 0; i < segment.odd; ++i) offer(first, patches_.odd_slots[segment.first_odd + i], q);
+    }
   }
 
-  // Calls use(slot, j, screens) for each patch and vector of prototypes.
-  template <class Use>
-  INLINE void screen(const Segment& segment, const Use& use) {
-    const bool scaled = args_.metric == COSINE;
-    const int width = panel_.width;
-    for (int64_t t = 0; t < segment.tiles; ++t) {
-      const int height = segment.height(t);
-      const int64_t slot = (segment.tile + t) * ROWS;
-      alignas(64) Real out[ROWS * COUNT];
-      run_tile(height, segment.tile + t, patches_.start + slot, out);
+  void offer(int64_t first, int64_t slot, int q) { winners_.offer(first + q, distance(slot, q), patches_.id[slot]); }
+
+  // The best by the screen alone.
+  void nearest(const Segment& segment, int64_t first) {
+    using Slots = Vector<Slot>;
+    V best[WIDE];
+    Slots at[WIDE] = {};
+    for (int j = 0; j < WIDE; ++j) best[j] = broadcast<V>(-INF);
+    alignas(64) Real out[ROWS * COUNT];
+    for (int64_t t = segment.tile; t < segment.tile + segment.tiles; ++t) {
+      const int height = segment.height(t - segment.tile);
+      run_tile(height, t, out);
+      for (int i = 0; i < height; ++i) {
+        const Slots slot = broadcast<Slots>(static_cast<Slot>(t * ROWS + i));
+        for (int j = 0; j < panel_.width; ++j) {
+          const V score = load_bits<V>(out + (i * panel_.width + j) * L);
+          const auto better = score > best[j];
+          best[j] = better ? score : best[j], at[j] = better ? slot : at[j];
+        }
+      }
+    }
+    Slot slots[COUNT];
+    std::memcpy(slots, at, sizeof(slots));
+    for (int q = 0; q < panel_.count; ++q)
+      if (!panel_.odd[q]) offer(first, slots[q], q);
+  }
+
+  // Screens, and measures all that may be among the nearest for what the screen is off by: so those are among them.
+  // Where too many may be, the direct form at every patch tells them apart.
+  void measured(const Segment& segment, int64_t first) {
+    const bool squared = args_.metric == SQEUCLIDEAN || args_.metric == EUCLIDEAN;
+    constexpr int64_t ALL = std::numeric_limits<int64_t>::max();
+    // Beyond this many, the direct form costs less.
+    const int64_t room =
+        panel_.count * (4 * args_.shape.topk + segment.count * patches_.chunks / (3 * patches_.chunks + 24));
+    bool done = false;
+#if VECTOR_BYTES == 64
+    if constexpr (sizeof(Real) == 4)
+      if (kind_ == Screen::bytes && segment.by_bytes && panel_.by_bytes)
+        done = likely(ByBytes(*this), segment, first, room);
+#endif
+    if (!done && !(kind_ == Screen::bytes && squared)) {
+      if (kind_ == Screen::bytes) panel_.pack_real();
+      done = likely(ByProducts(*this), segment, first, squared ? room : ALL);
+    }
+    if (!done) {
+      panel_.pack_real();
+      likely(BySquares(*this), segment, first, ALL);
+    }
+  }
+
+  // A screen writes what the scores of a tile are at most, and keeps what the best is at least.
+  struct ByProducts {
+    explicit ByProducts(PrototypeSearcher& of) : of(of) {
+      const Real by = static_cast<Real>(of.keeps_ ? (of.args_.metric == COSINE ? 2 : 1) * of.error_ : 0);
+      for (int q = 0; q < COUNT; ++q) slope[q] = by * of.panel_.length[q];
+      square = static_cast<Real>(of.keeps_ ? of.error_ : 0);
+    }
+
+    INLINE void tile(int64_t t, int height, Real* out, V (&best)[WIDE]) const {
+      of.run_tile(height, t, out);
+      const int width = of.panel_.width;
+      for (int i = 0; i < height; ++i) {
+        const int64_t slot = t * ROWS + i;
+        const V reach = broadcast<V>(of.patches_.reach[slot]), own = broadcast<V>(square * of.patches_.square_of[slot]);
+        for (int j = 0; j < width; ++j) {
+          Real* const at = out + (i * width + j) * L;
+          const V score = load_bits<V>(at), off = fma(reach, load_bits<V>(slope + j * L), own), least = score - off;
+          store_bits(at, score + off, false);
+          best[j] = least > best[j] ? least : best[j];
+        }
+      }
+    }
+
+    // At most `most` of a score is reached by one of at least what this returns.
+    Real widened(const Segment& segment, Real most, int q) const {
+      const Real reach = of.args_.metric == COSINE ? 1 : static_cast<Real>(std::sqrt(segment.longest));
+      const bool squared = of.args_.metric == SQEUCLIDEAN || of.args_.metric == EUCLIDEAN;
+      return most - 2 * (reach * slope[q] + (squared ? square * static_cast<Real>(segment.longest) : 0)) * Real{1.01};
+    }
+
+    PrototypeSearcher& of;
+    alignas(64) Real slope[COUNT];
+    Real square;
+  };
+
+  // The direct form is off by a share of itself, and by squares that are too small to be held.
+  struct BySquares {
+    explicit BySquares(PrototypeSearcher& of)
+        : of(of),
+          error(static_cast<Real>(of.keeps_ ? of.error_ : 0)),
+          least(of.keeps_ ? (of.patches_.depth + 8) * std::numeric_limits<Real>::min() : 0) {}
+
+    INLINE void tile(int64_t t, int height, Real* out, V (&best)[WIDE]) const {
+      const int width = of.panel_.width;
+      tile_of<Squares<Real>>(height, width, of.patches_.rows(t), of.panel_.cells, of.patches_.chunks,
+                             of.patches_.far + t * ROWS, out);
       for (int i = 0; i < height; ++i)
         for (int j = 0; j < width; ++j) {
-          V value = load_bits<V>(out + (i * width + j) * L);
-          if (scaled) value *= broadcast<V>(patches_.scale[slot + i]);
-          use(slot + i, j, value);
+          Real* const at = out + (i * width + j) * L;
+          const V score = -load_bits<V>(at), off = fma(score, broadcast<V>(-error), broadcast<V>(least)),
+                  low = score - off;
+          store_bits(at, score + off, false);
+          best[j] = low > best[j] ? low : best[j];
         }
     }
-  }
 
-  INLINE void run_tile(int height, int64_t t, const Real* start, Real* out) {
+    Real widened(const Segment&, Real most, int) const { return most * (1 + 3 * error) - 3 * least; }
+
+    PrototypeSearcher& of;
+    Real error, least;
+  };
+
 #if VECTOR_BYTES == 64
-    if constexpr (sizeof(Real) == 4)
-      if (kind_ == Screen::pairs)
-        return tile_of<PairProducts>(height, panel_.width, patches_.cell_rows(t), panel_.small_cells,
-                                     patches_.cell_chunks, start, out);
-#endif
-    tile_of<Products<Real>>(height, panel_.width, patches_.rows(t), panel_.cells, patches_.chunks, start, out);
-  }
+  // |x·p − x̃·p̃| ≤ |x||p − p̃| + |x − x̃||p̃|, and rounding.
+  struct ByBytes {
+    explicit ByBytes(PrototypeSearcher& of) : of(of), square(static_cast<float>(of.error_)) {
+      for (int q = 0; q < COUNT; ++q) {
+        const double lost = of.panel_.lost[q], kept = of.panel_.kept[q];
+        slope[q] = static_cast<float>(1.001 * lost + (of.args_.metric == COSINE ? 2 : 1) * of.error_ * (kept + lost));
+        by_missed[q] = static_cast<float>(1.001 * kept);
+      }
+    }
 
-  // Measures all patches that may be the nearest (few) for what the screen is off by: so the nearest are among them.
-  // False where they are too many.
-  template <class Score, class Bound>
-  bool likely(const Segment& segment, int64_t first, const Score& score_tile, const Bound& bound_of) {
+    INLINE void tile(int64_t t, int height, float* out, V (&best)[WIDE]) const {
+      const auto& patches = of.patches_;
+      const int width = of.panel_.width;
+      alignas(64) int32_t sums[ROWS * COUNT];
+      tile_of<ByteProducts>(height, width, patches.cell_rows(t), of.panel_.small_cells, patches.cell_chunks,
+                            of.panel_.start, sums);
+      for (int i = 0; i < height; ++i) {
+        const int64_t slot = t * ROWS + i;
+        const V scale = broadcast<V>(patches.byte_scale[slot]), start = broadcast<V>(patches.byte_start[slot]),
+                reach = broadcast<V>(patches.byte_reach[slot]), missed = broadcast<V>(patches.missed[slot]),
+                own = broadcast<V>(square * patches.byte_square[slot]);
+        for (int j = 0; j < width; ++j) {
+          const V whole = __builtin_convertvector(load_bits<Vector<int32_t>>(sums + (i * width + j) * L), V);
+          const V score = fma(whole, scale * load_bits<V>(of.panel_.step + j * L), start);
+          const V off = fma(reach, load_bits<V>(slope + j * L), fma(missed, load_bits<V>(by_missed + j * L), own));
+          const V least = score - off;
+          store_bits(out + (i * width + j) * L, score + off, false);
+          best[j] = least > best[j] ? least : best[j];
+        }
+      }
+    }
+
+    Real widened(const Segment&, Real most, int) const { return most; }  // one winner only, so there is no need
+
+    PrototypeSearcher& of;
+    alignas(64) float slope[COUNT], by_missed[COUNT];
+    float square;
+  };
+#endif
+
+  template <class By>
+  bool likely(const By& by, const Segment& segment, int64_t first, int64_t room) {
     const int width = panel_.width, stride = width * L;
-    Real* const scores = score_buffer_.get(segment.tiles * ROWS * COUNT);
+    Real* const most = score_buffer_.get(segment.tiles * ROWS * COUNT);
     V best[WIDE];
-    for (int j = 0; j < WIDE; ++j) best[j] = broadcast<V>(-std::numeric_limits<Real>::infinity());
+    for (int j = 0; j < WIDE; ++j) best[j] = broadcast<V>(-INF);
     for (int64_t t = 0; t < segment.tiles; ++t)
-      score_tile(segment.tile + t, segment.height(t), scores + t * ROWS * stride, best);
+      by.tile(segment.tile + t, segment.height(t), most + t * ROWS * stride, best);
     const int64_t topk = args_.shape.topk;
     if (topk > 1)
-      for (int j = 0; j < width; ++j) best[j] = lower(segment, scores + j * L, best[j]);
+      for (int j = 0; j < width; ++j) best[j] = lower(segment, most + j * L);
     alignas(64) Real least[COUNT];
     for (int j = 0; j < WIDE; ++j) store_bits(least + j * L, best[j], false);
     for (int q = 0; q < COUNT; ++q)
-      least[q] = q < panel_.count && !panel_.odd[q] ? least[q] - (keeps_ ? 2 * bound_of(q) : 0)
-                                                    : std::numeric_limits<Real>::infinity();
-    // Beyond this many, the screen costs less than the measuring.
-    const int64_t room = panel_.count * (4 * topk + segment.count * patches_.chunks / (3 * patches_.chunks + 24));
+      if (q >= panel_.count || panel_.odd[q])
+        least[q] = NAN;  // which nothing reaches
+      else if (topk > 1)
+        least[q] = std::max(by.widened(segment, least[q], q), -std::numeric_limits<Real>::max());
     const V least_0 = load_bits<V>(least), least_1 = load_bits<V>(least + L);
     maybe_.clear();
     for (int64_t t = 0; t < segment.tiles; ++t) {
       const int height = segment.height(t);
       for (int i = 0; i < height; ++i) {
-        const Real* const at = scores + (t * ROWS + i) * stride;
+        const Real* const at = most + (t * ROWS + i) * stride;
         uint32_t hit = lanes(load_bits<V>(at) >= least_0);
         if (width > 1) hit |= lanes(load_bits<V>(at + L) >= least_1) << L;
         if (hit == 0) continue;
@@ -771,34 +937,34 @@ class PrototypeSearcher {
         if (static_cast<int64_t>(maybe_.size()) > room) return false;
       }
     }
-    for (int q = 0; q < panel_.count; ++q)
-      if (panel_.odd[q]) every(segment, q, first + q);
-    if (topk > 1) {
-      for (const auto& [slot, q] : maybe_) winners_.offer(first + q, distance(slot, q), patches_.id[slot]);
-      return true;
-    }
-    double nearest_yet[COUNT];
-    int64_t at[COUNT];
-    std::fill_n(at, COUNT, -1);
+    Candidate nearest_yet[COUNT];
     for (const auto& [slot, q] : maybe_) {
       const double d = distance(slot, q);
-      if (at[q] < 0 || d < nearest_yet[q]) nearest_yet[q] = d, at[q] = patches_.id[slot];
+      if (topk > 1)
+        winners_.offer(first + q, d, patches_.id[slot]);
+      else if (nearest_yet[q].slot < 0 || d < nearest_yet[q].distance)
+        nearest_yet[q] = {d, slot};
     }
     for (int q = 0; q < panel_.count; ++q)
-      if (at[q] >= 0) winners_.offer(first + q, nearest_yet[q], at[q]);
+      if (nearest_yet[q].slot >= 0)
+        winners_.offer(first + q, nearest_yet[q].distance, patches_.id[nearest_yet[q].slot]);
     return true;
   }
 
-  // For each lane of the scores a number that at least topk of them reach, and few more: by halving.
-  V lower(const Segment& segment, const Real* scores, V high) const {
+  // For each lane a number that at least topk of the scores reach, and few more: by halving.
+  V lower(const Segment& segment, const Real* scores) const {
     const auto each = [&](const auto& use) INLINE_LAMBDA {
       for (int64_t t = 0; t < segment.tiles; ++t)
         for (int i = 0; i < segment.height(t); ++i) use(load_bits<V>(scores + (t * ROWS + i) * panel_.width * L));
     };
-    V low = high;
-    each([&](V score) INLINE_LAMBDA { low = score < low ? score : low; });
+    // Odd patches have none.
+    V low = broadcast<V>(INF), high = -low;
+    each([&](V score) INLINE_LAMBDA {
+      low = (score < low) & (score > -INF) ? score : low;
+      high = score > high ? score : high;
+    });
     const int64_t topk = args_.shape.topk;
-    if (segment.count <= topk) return low;
+    if (segment.count - segment.odd <= topk) return low;
     using Slots = Vector<Slot>;
     const Slots wanted = broadcast<Slots>(static_cast<Slot>(topk));
     const Slots enough = broadcast<Slots>(static_cast<Slot>(topk + topk / 8));
@@ -808,152 +974,29 @@ class PrototypeSearcher {
       each([&](V score) INLINE_LAMBDA { count -= score >= middle; });
       const auto reached = count >= wanted;
       low = reached ? middle : low, high = reached ? high : middle;
-      if (lanes(reached & (count <= enough)) == lanes(low == low)) break;
+      if (lanes((reached & (count <= enough)) | (low >= high)) == lanes(low == low)) break;
     }
     return low;
   }
 
-  bool likely(const Segment& segment, int64_t first) {
-    const bool scaled = args_.metric == COSINE;
-    return likely(
-        segment, first,
-        [&](int64_t t, int height, Real* out, V(&best)[WIDE]) INLINE_LAMBDA {
-          run_tile(height, t, patches_.start + t * ROWS, out);
-          for (int i = 0; i < height; ++i)
-            for (int j = 0; j < panel_.width; ++j) {
-              Real* const at = out + (i * panel_.width + j) * L;
-              V score = load_bits<V>(at);
-              if (scaled) store_bits(at, score *= broadcast<V>(patches_.scale[t * ROWS + i]), false);
-              best[j] = score > best[j] ? score : best[j];
-            }
-        },
-        [&](int q) { return bound(segment, q); });
-  }
-
+  // The screens of a tile.
+  INLINE void run_tile(int height, int64_t t, Real* out) {
+    const Real* const start = patches_.start + t * ROWS;
+    const int width = panel_.width;
 #if VECTOR_BYTES == 64
-  bool likely_by_bytes(const Segment& segment, int64_t first) {
-    V step[WIDE];
-    for (int j = 0; j < WIDE; ++j) step[j] = load_bits<V>(panel_.step + j * L);
-    return likely(
-        segment, first,
-        [&](int64_t t, int height, float* out, V(&best)[WIDE]) INLINE_LAMBDA {
-          const int width = panel_.width;
-          alignas(64) int32_t sums[ROWS * COUNT];
-          tile_of<ByteProducts>(height, width, patches_.cell_rows(t), panel_.small_cells, patches_.cell_chunks,
-                                panel_.start, sums);
-          for (int i = 0; i < height; ++i) {
-            const V scale = broadcast<V>(patches_.byte_scale[t * ROWS + i]),
-                    start = broadcast<V>(patches_.byte_start[t * ROWS + i]);
-            for (int j = 0; j < width; ++j) {
-              const auto whole = load_bits<Vector<int32_t>>(sums + (i * width + j) * L);
-              const V score = fma(__builtin_convertvector(whole, V), scale * step[j], start);
-              store_bits(out + (i * width + j) * L, score, false);
-              best[j] = score > best[j] ? score : best[j];
-            }
-          }
-        },
-        [&](int q) { return byte_bound(segment, q); });
-  }
+    if constexpr (sizeof(Real) == 4)
+      if (kind_ == Screen::pairs)
+        tile_of<PairProducts>(height, width, patches_.cell_rows(t), panel_.small_cells, patches_.cell_chunks, start,
+                              out);
 #endif
-
-  // What a screen by bytes may be off by: |x·p − x̃·p̃| ≤ |x||p − p̃| + |x − x̃||p̃|, and rounding.
-  float byte_bound(const Segment& segment, int q) const {
-    const double x = std::sqrt(segment.spread), lost_x = std::sqrt(segment.missed), lost_p = panel_.lost[q],
-                 p = panel_.kept[q];
-    switch (args_.metric) {
-      case COSINE:
-        return static_cast<float>(1.001 * (lost_p + lost_x * p) + 2 * error_ * (p + lost_p));
-      case DOT:
-        return static_cast<float>(1.001 * (x * lost_p + lost_x * p) + error_ * x * (p + lost_p));
-      default:
-        return static_cast<float>(1.001 * (x * lost_p + lost_x * p) + error_ * x * (x + p + lost_p));
-    }
-  }
-
-  void nearest(const Segment& segment, int64_t first) {
-    using Slots = Vector<Slot>;
-    V best[WIDE];
-    Slots at[WIDE] = {};
-    for (int j = 0; j < WIDE; ++j) best[j] = broadcast<V>(-std::numeric_limits<Real>::infinity());
-    screen(segment, [&](int64_t slot, int j, V value) INLINE_LAMBDA {
-      const auto better = value > best[j];
-      best[j] = better ? value : best[j];
-      at[j] = better ? broadcast<Slots>(static_cast<Slot>(slot)) : at[j];
-    });
-    Slot slots[COUNT];
-    std::memcpy(slots, at, sizeof(slots));
-    for (int q = 0; q < panel_.count; ++q)
-      if (panel_.odd[q])
-        every(segment, q, first + q);
-      else
-        winners_.offer(first + q, distance(slots[q], q), patches_.id[slots[q]]);
-  }
-
-  // The best few, or all that may be among them.
-  void several(const Segment& segment, int64_t first) {
-    const size_t topk = static_cast<size_t>(args_.shape.topk);
-    constexpr Real NONE_YET = -std::numeric_limits<Real>::infinity();
-    alignas(64) Real least[COUNT], slack[COUNT];
-    size_t limit[COUNT];
-    found_.resize(COUNT);
-    for (int q = 0; q < COUNT; ++q) {
-      found_[q].clear();
-      limit[q] = 3 * topk + 16;
-      // What is odd is not ranked; nothing is above infinity.
-      least[q] = q < panel_.count && !panel_.odd[q] ? NONE_YET : -NONE_YET;
-      slack[q] = q < panel_.count && keeps_ ? 2 * bound(segment, q) : 0;
-    }
-    // Leaves what may still be among the best few, and sets what must be exceeded from now on.
-    const auto prune = [&](int q) {
-      std::vector<Found>& found = found_[q];
-      if (found.size() < topk) return;
-      const auto last = found.begin() + static_cast<std::ptrdiff_t>(topk) - 1;
-      std::nth_element(found.begin(), last, found.end(), [](const Found& a, const Found& b) {
-        return a.score > b.score || (a.score == b.score && a.slot < b.slot);
-      });
-      least[q] = keeps_ ? std::nextafter(last->score - slack[q], NONE_YET) : last->score;
-      if (keeps_)
-        std::erase_if(found, [&](const Found& f) { return f.score <= least[q]; });
-      else
-        found.resize(topk);
-      limit[q] = std::max(limit[q], 2 * found.size());
-    };
-    screen(segment, [&](int64_t slot, int j, V value) {
-      for (uint32_t hit = lanes(value > load_bits<V>(least + j * L)); hit; hit &= hit - 1) {
-        const int i = __builtin_ctz(hit), q = j * L + i;
-        found_[q].push_back({value[i], slot});
-        if (found_[q].size() == limit[q] || found_[q].size() == topk) prune(q);
-      }
-    });
-    for (int q = 0; q < panel_.count; ++q) {
-      if (panel_.odd[q]) {
-        every(segment, q, first + q);
-        continue;
-      }
-      prune(q);
-      for (const Found& f : found_[q]) winners_.offer(first + q, distance(f.slot, q), patches_.id[f.slot]);
-    }
-  }
-
-  void every(const Segment& segment, int q, int64_t to) {
-    for (int64_t t = 0; t < segment.tiles; ++t)
-      for (int i = 0; i < segment.height(t); ++i) {
-        const int64_t slot = (segment.tile + t) * ROWS + i;
-        winners_.offer(to, distance(slot, q), patches_.id[slot]);
-      }
-  }
-
-  // What a screen of the segment may be off by.
-  Real bound(const Segment& segment, int q) const {
-    const double x = std::sqrt(segment.longest), p = panel_.length[q];
-    switch (args_.metric) {
-      case COSINE:
-        return static_cast<Real>(2 * error_ * p);
-      case DOT:
-        return static_cast<Real>(error_ * x * p);
-      default:
-        return static_cast<Real>(error_ * x * (x + p));
-    }
+    if (kind_ != Screen::pairs)
+      tile_of<Products<Real>>(height, width, patches_.rows(t), panel_.cells, patches_.chunks, start, out);
+    if (args_.metric == COSINE)
+      for (int i = 0; i < height; ++i)
+        for (int j = 0; j < width; ++j) {
+          Real* const at = out + (i * width + j) * L;
+          store_bits(at, load_bits<V>(at) * broadcast<V>(patches_.scale[t * ROWS + i]), false);
+        }
   }
 
   // One bit a lane.
@@ -983,13 +1026,13 @@ class PrototypeSearcher {
                 : direct<Real>(args_.metric, patches_, slot, panel_, q);
   }
 
-  struct Found {
-    Real score;
-    int64_t slot;
-  };
   struct Pair {
     int64_t slot;
     int q;
+  };
+  struct Candidate {
+    double distance = 0;
+    int64_t slot = -1;
   };
 
   const PrototypeSearch& args_;
@@ -999,7 +1042,6 @@ class PrototypeSearcher {
   PatchRows<T> patches_;
   Panel<T> panel_;
   double error_;
-  std::vector<std::vector<Found>> found_;
   std::vector<Pair> maybe_;
   Buffer<Real> score_buffer_;
 };
@@ -1079,7 +1121,7 @@ class PrototypeMapper {
 
   explicit PrototypeMapper(const PrototypeMap& args)
       : args_(args),
-        patches_(args.shape, args.x, args.metric, Screen::real, args.metric == COSINE),
+        patches_(args.shape, args.x, args.metric, Screen::real, args.metric == COSINE, false),
         panel_(patches_, Screen::real, args.metric == COSINE) {}
 
   void run(const SearchTask& task) {

@@ -215,14 +215,17 @@ def winner_gradients(
         for size, coordinate in zip(sizes, coordinates, strict=True):
             pixel = pixel * size + coordinate
         total = torch.ops.protofast.prototype_scatter.reference(rows, pixel.flatten(1), math.prod(sizes))
-        total = total.reshape(features.shape)
-        grad_features = (
-            torch.empty_like(features).copy_(total) if not torch.is_grad_enabled() else total.to(features.dtype)
-        )
+        grad_features = total.reshape(features.shape).to(features.dtype)
     if to_prototypes:
         total = torch.where(chosen, to_p, 0).sum((0, 2)).transpose(1, 2)  # (P, D, K)
         grad_prototypes = total.reshape(prototypes.shape).to(prototypes.dtype)
     return grad_features, grad_prototypes
+
+
+def as_features(gradient: Tensor, features: Tensor) -> Tensor:
+    """In the memory order of the features, as far as torch.empty_like keeps it."""
+    like = torch.empty_like(features)
+    return gradient if gradient.stride() == like.stride() else like.copy_(gradient)
 
 
 def _fake_backward(
@@ -294,13 +297,43 @@ def _setup_map(ctx, inputs, output) -> None:
     ctx.save_for_backward(features, prototypes, distance)
 
 
+_MAP_ELEMENTS = 1 << 22  # float64 numbers of a map in one step of its backward
+
+
 def _backward_map(ctx, grad):
-    """Two matrix products per pixel of the window, O(B·N·(P + D)) memory, and itself differentiable.
+    """Some samples after the other, so that memory beyond the gradients is bounded; itself differentiable."""
+    features, prototypes, distance = ctx.saved_tensors
+    batch = features.shape[0]
+    if isinstance(batch, torch.SymInt) or batch == 0:  # a compiler plans the memory itself
+        step = batch = 1 << 30
+    else:
+        step = max(1, _MAP_ELEMENTS // max(1, grad[0].numel() + features[0].numel()))
+    to_x, to_p = [], None
+    for first in range(0, batch, step):
+        rows = slice(first, first + step)
+        part_x, part_p = _map_gradients(
+            features[rows],
+            prototypes,
+            None if distance is None else distance[rows],
+            grad[rows],
+            ctx.metric,
+            *ctx.needs_input_grad[:2],
+        )
+        to_x.append(part_x)
+        if part_p is not None:
+            to_p = part_p if to_p is None else to_p + part_p
+    grad_features = None
+    if ctx.needs_input_grad[0]:
+        grad_features = to_x[0] if len(to_x) == 1 else torch.cat(to_x)
+    return grad_features, None if to_p is None else to_p.to(prototypes.dtype), None
+
+
+def _map_gradients(features, prototypes, distance, grad, metric, want_x, want_p):
+    """Two matrix products per pixel of the window, O(B·N·(P + D)) memory.
 
     Every metric has d(distance)/dx = cross·p + on_x·x and d(distance)/dp = cross·x + on_p·p. The terms cancel where
     x is near p, hence float64 (which autocast and TF32 leave alone).
     """
-    features, prototypes, distance = ctx.saved_tensors
     batch, channels = features.shape[:2]
     count = prototypes.shape[0]
     kernel, grid = kernel_size(features, prototypes), patch_grid(features, prototypes)
@@ -311,9 +344,9 @@ def _backward_map(ctx, grad):
     if distance is not None:
         distance = distance.to(torch.float64).reshape(batch, count, patches)
     regions = [(slice(None), slice(None), *window) for window in windows(grid, kernel)]
-    if ctx.metric == DOT:
+    if metric == DOT:
         cross, on_x, on_p = -g, None, None
-    elif ctx.metric == COSINE:
+    elif metric == COSINE:
         length = sum(x[region].square().sum(1).reshape(batch, 1, patches) for region in regions)
         there = length != 0
         inverse_x = torch.where(there, torch.where(there, length, 1).rsqrt(), 0)
@@ -323,9 +356,8 @@ def _backward_map(ctx, grad):
         on_x = along.sum(1, keepdim=True) * inverse_x.square()
         on_p = along.sum((0, 2))[:, None] * inverse_p.square()
     else:
-        scale = 2 * g if ctx.metric == SQEUCLIDEAN else g * _invert(distance)
+        scale = 2 * g if metric == SQEUCLIDEAN else g * _invert(distance)
         cross, on_x, on_p = -scale, scale.sum(1, keepdim=True), scale.sum((0, 2))[:, None]
-    want_x, want_p = ctx.needs_input_grad[:2]
     grad_features: Any = torch.zeros_like(x, memory_format=torch.contiguous_format) if want_x else None
     to_p = []
     for k, region in enumerate(regions):
@@ -339,8 +371,7 @@ def _backward_map(ctx, grad):
             to_p.append(part if on_p is None else part + on_p * proto)
     if want_x:
         grad_features = grad_features.to(features.dtype)
-    grad_prototypes = torch.stack(to_p, 2).reshape(prototypes.shape).to(prototypes.dtype) if want_p else None
-    return grad_features, grad_prototypes, None
+    return grad_features, torch.stack(to_p, 2).reshape(prototypes.shape) if want_p else None
 
 
 define(

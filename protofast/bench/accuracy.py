@@ -179,10 +179,11 @@ def contenders(device: str) -> list[Contender]:
         if backend == "reference":  # one arithmetic, whatever is asked
             found.append(Contender(head, _ours(backend), "protofast"))
         else:
-            for precision in PRECISIONS[1:]:
+            for precision in PRECISIONS:
                 found.append(Contender(f"{head}, {precision}", _ours(backend, precision=precision), "protofast"))
-            verified = _ours(backend, precision="bf16", verify=True)
-            found.append(Contender(f"{head}, bf16, verify", verified, "protofast"))
+            for precision in ("auto", "bf16"):
+                verified = _ours(backend, precision=precision, verify=True)
+                found.append(Contender(f"{head}, {precision}, verify", verified, "protofast"))
         found.append(Contender(f"{head}, bfloat16 input", _ours(backend), "protofast", torch.bfloat16))
     return found
 

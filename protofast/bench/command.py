@@ -22,7 +22,10 @@ def bench(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     budget: Annotated[float | None, typer.Option(min=0.01, help="Seconds of timing a case.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the inputs and the order of contenders.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Of drawn shapes, inputs and the order of contenders; new shapes each run if not given."),
+    ] = None,
     redraw: Annotated[Path | None, typer.Option(help="Draw the plots of this JSON again, and time nothing.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="Print ops, cases and contenders, and time nothing.")] = False,
 ) -> None:

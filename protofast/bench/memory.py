@@ -6,8 +6,10 @@ import ctypes
 import gc
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from .spec import Call
 
@@ -41,6 +43,12 @@ def peak(call: Call, device: str) -> int | None:
         return None
     del result
     return max(grown, 0)
+
+
+def held(result: Any) -> int:
+    """Bytes of the tensors in what a call returned."""
+    storages = [leaf.untyped_storage() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _resident(key: str) -> int:

@@ -86,17 +86,25 @@ def check_medians(spec: Spec, device: str, rows: list[dict[str, Any]]) -> list[d
                 cases.setdefault(row["case"], {})[row["contender"]] = row
         if median.device != device or not cases:
             continue
-        memory, values = median.of == "peak_memory", []
+        memory, values = median.of != "seconds", []
+        names = (median.contender,) if isinstance(median.contender, str) else median.contender
         for case in list(cases):
-            mine, other = cases[case].get(median.contender), cases[case].get(median.against)
-            if memory and other is not None and other["peak_memory"] is not None and other["peak_memory"] < _MEMORY:
+            other = cases[case].get(median.against)
+            theirs = _memory(other, median.of) if memory and other is not None else None
+            if theirs is not None and theirs < _MEMORY:
                 del cases[case]
-            elif mine is None or other is None or mine["wrong"]:
                 continue
-            elif not memory and median.against in mine["faster_than"]:
-                values.append(mine["faster_than"][median.against]["p50"])
-            elif memory and mine["peak_memory"] is not None and other["peak_memory"]:
-                values.append(mine["peak_memory"] / other["peak_memory"])
+            ours = [cases[case][name] for name in names if name in cases[case] and not cases[case][name]["wrong"]]
+            if memory and theirs:
+                measured = [mine / theirs for row in ours if (mine := _memory(row, median.of)) is not None]
+            else:
+                measured = [
+                    row["faster_than"][median.against]["p50"]
+                    for row in ours
+                    if not memory and median.against in row["faster_than"]
+                ]
+            if measured:
+                values.append((min if memory else max)(measured))
         middle = statistics.median(values) if values else None
         worst = (max if memory else min)(values, default=None)
         met = middle is not None and (middle <= median.bound if memory else middle >= median.bound)
@@ -104,7 +112,7 @@ def check_medians(spec: Spec, device: str, rows: list[dict[str, Any]]) -> list[d
             {
                 "op": spec.op,
                 "case": f"{median.name}, median of {len(values)} of {len(cases)} cases",
-                "contender": median.contender,
+                "contender": " or ".join(names),
                 "against": median.against,
                 "of": median.of,
                 "bound": median.bound,
@@ -114,6 +122,11 @@ def check_medians(spec: Spec, device: str, rows: list[dict[str, Any]]) -> list[d
             }
         )
     return found
+
+
+def _memory(row: dict[str, Any], of: str) -> int | None:
+    peak: int | None = row["peak_memory"]
+    return peak if peak is None or of == "peak_memory" else max(peak - (row["returned"] or 0), 0)
 
 
 def to_csv(result: dict[str, Any]) -> str:
@@ -279,8 +292,9 @@ def _target(target: dict[str, Any]) -> str:
     head = f"{target['op']} {target['case']}: {target['contender']}"
     if target["against"] is None:
         return f"{head} in ≤ {seconds(target['bound'])}"
-    if target.get("of") == "peak_memory":
-        return f"{head} ≤ {100 * target['bound']:.3g} % of the peak memory of {target['against']}"
+    if target.get("of", "seconds") != "seconds":
+        less = ", of both without what they return" * (target["of"] == "extra_memory")
+        return f"{head} ≤ {100 * target['bound']:.3g} % of the peak memory of {target['against']}{less}"
     if target["bound"] >= 1:
         return f"{head} ≥ {target['bound']:.3g}× as fast as {target['against']}"
     return f"{head} ≤ {1 / target['bound']:.3g}× the time of {target['against']}"
@@ -295,7 +309,7 @@ def _measured(target: dict[str, Any]) -> str:
     worst = (
         f" (worst {_measured({**target, 'measured': target['worst'], 'worst': None})})" if target.get("worst") else ""
     )
-    if target.get("of") == "peak_memory":
+    if target.get("of", "seconds") != "seconds":
         return f"{100 * value:.3g} %{worst}"
     return (f"{value:.3g}×" if target["bound"] >= 1 else f"{1 / value:.3g}×") + worst
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import secrets
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -36,7 +37,7 @@ def run(
     name: str | None = None,
     threads: int | None = None,
     budget: float | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, label: None,
 ) -> dict[str, Any]:
     """Times every contender of the chosen ops and writes ``<out>/<name>.json``, ``.csv`` and ``.md``.
@@ -54,7 +55,8 @@ def run(
     name : file name without suffix; the GPU's or CPU's if not given
     threads : torch's CPU threads; as they are if not given
     budget : seconds of timing a case
-    seed : of inputs and of the order within rounds
+    seed : of drawn shapes, of inputs and of the order within rounds; if not given, 0, but for the shapes a number that
+        differs from run to run, which the result has as ``drawn``
     progress : called with (cases done, cases in all, what comes next)
 
     Returns
@@ -78,7 +80,9 @@ def run(
         torch.set_num_threads(threads)
         _limit_blas(threads)
     specs = choose(ops, device)
-    work = [(s, case) for s in specs for case in (*s.cases, *s.drawn(seed)) if shapes == "full" or case.quick]
+    drawn = secrets.randbelow(1_000_000) if seed is None else seed
+    seed = seed or 0
+    work = [(s, case) for s in specs for case in (*s.cases, *s.drawn(drawn)) if shapes == "full" or case.quick]
     budget = _BUDGET[shapes] if budget is None else budget
     path = Path(out) / f"{name or environment.name(device)}.json"
     result: dict[str, Any] = {
@@ -87,6 +91,7 @@ def run(
         "device": device,
         "shapes": shapes,
         "seed": seed,
+        "drawn": drawn,
         "environment": environment.environment(device),
         "machine": machine(device),
         "backends": {op: chosen[device] for op, chosen in survey().ops.items()},
@@ -135,6 +140,7 @@ def measure(
     calls: dict[str, Call] = {}
     errors: dict[str, float] = {}
     warm: dict[str, float] = {}
+    returned: dict[str, int] = {}
     skipped = []
     for name, prepare in spec.contenders.items():
         if backends and any(f"{name} ".startswith(f"{OURS} {b} ") for b in _ops.BACKENDS if b not in backends):
@@ -146,6 +152,7 @@ def measure(
             _bearable(seconds)
             if not spec.self_timed:
                 errors[name] = spec.error(output, reference, inputs)
+            returned[name] = memory.held(output)
             del output
         except Exception as error:  # whatever is wrong with one contender, the others are measured
             skipped.append(_left_out(spec, case, name, error))
@@ -182,6 +189,7 @@ def measure(
             "wrong": role != "limit" and name not in right,
             "faster_than": {},
             "peak_memory": None if role == "limit" or spec.self_timed else memory.peak(call, device),
+            "returned": returned.get(name),
         }
         if role == "protofast" and not row["wrong"] and not spec.self_timed:
             others = [*(o for o in calls if o in right and not o.startswith(OURS)), *limits]

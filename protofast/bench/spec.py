@@ -55,12 +55,14 @@ class Target:
 class Median:
     """A promise over the cases whose params have the items of `where`: the median of a ratio to `against`.
 
-    At least `bound` times as fast; with ``of="peak_memory"``, at most `bound` times the memory.
+    At least `bound` times as fast; with ``of="peak_memory"``, at most `bound` times the memory, and with
+    ``of="extra_memory"`` the same of what is left of both peaks without the tensors returned. Of several contenders
+    the best one of each case counts.
     """
 
     name: str
     where: Mapping[str, Any]
-    contender: str
+    contender: str | tuple[str, ...]
     against: str
     bound: float
     of: str = "seconds"
@@ -84,8 +86,8 @@ class Spec:
         Plain library calls that move the bytes or do the flops the op cannot avoid. The slowest is the floor.
     bytes, flops : inputs -> int
         What the op cannot avoid: each input read once, each output written once; its multiplications and additions.
-    drawn : seed -> cases
-        More quick cases, drawn anew for each seed of a run.
+    drawn : number -> cases
+        More quick cases, others for each number; a run takes its seed, or without one a number at random.
     self_timed : bool
         The call returns its own seconds (a fresh process, say).
     """

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from .._backend import overload
+from .._files import digest
 from .._ops.ddim import PREDICTION_TYPES, columns
 from ..ddim import DDIMSchedule, DDIMStep, _rescale, check_levels, check_schedule, ddim_inverse_step
-from .journal import digest
 from .loop import Callback, LoopStep, check_out, place, run
 from .noising import check_sample, timesteps
 from .predictor import Predictor

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .._files import replacing
+from .._files import digest, replacing
 from .._optional import need
 
 _FORMAT = "protofast-diffusion-1"
@@ -84,13 +82,3 @@ class Journal:
                 raise ValueError(
                     f"{path} was made with {name} {then.get(name)!r}; now it is {self._settings.get(name)!r}; {_CURE}"
                 )
-
-
-def digest(value: Any) -> str:
-    """A name for the contents of a tensor. Of other values, what they are if they are plain, or else their type."""
-    if isinstance(value, Tensor):
-        flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        found = hashlib.blake2b(flat.data, digest_size=16)
-        found.update(f"{value.dtype} {tuple(value.shape)}".encode())
-        return found.hexdigest()
-    return repr(value) if isinstance(value, (type(None), bool, int, float, str)) else type(value).__name__

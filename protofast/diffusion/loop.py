@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._files import digest
 from .._optional import need
 from .._overlap import span
 from .._progress import bars
-from .journal import Journal, digest
+from .journal import Journal
 from .predictor import Predictor
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .._backend import overload
+from .._files import digest
 from ..ddim import DDIMSchedule, _more, check_schedule, ddim_step
-from .journal import digest
 from .loop import Callback, LoopStep, check_out, place, run
 from .noising import add_noise, check_sample, timesteps
 from .predictor import Predictor

@@ -7,6 +7,7 @@ are then exact, whatever the device, the number of threads or the block they fal
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from protofast._ops.prototype import (
     EUCLIDEAN,
     NONE,
     activate,
+    as_features,
     kernel_size,
     patch_grid,
     result_dtype,
@@ -147,6 +149,15 @@ def prototype_activation(
     return best.new_empty(0) if activation == NONE else activate(best, activation, eps), best, index
 
 
+def prototype_backward(
+    grad_activation: Tensor | None, grad_distance: Tensor | None, features: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    to_features, to_prototypes = winner_gradients(grad_activation, grad_distance, features, *rest)
+    if to_features.shape == features.shape:
+        to_features = as_features(to_features, features)
+    return to_features, to_prototypes.contiguous()
+
+
 def prototype_map(features: Tensor, prototypes: Tensor, metric: int) -> Tensor:
     shape = (features.shape[0], prototypes.shape[0], *patch_grid(features, prototypes))
     out = features.new_empty(shape, dtype=result_dtype(features))
@@ -171,6 +182,6 @@ def prototype_scatter(rows: Tensor, pixel: Tensor, pixels: int) -> Tensor:
 
 
 implement("prototype_activation", "reference", ["default"], prototype_activation)
-implement("prototype_backward", "reference", ["default"], winner_gradients)
+implement("prototype_backward", "reference", ["default"], prototype_backward)
 implement("prototype_map", "reference", ["default"], prototype_map)
 implement("prototype_scatter", "reference", ["default"], prototype_scatter)

@@ -1100,7 +1100,7 @@ def prototype_backward(
     if x is not features:
         geometry = _Geometry(x, kernel)
     if not (geometry.fits and whole.fits):
-        return _op.winner_gradients(
+        return _reference.prototype_backward(
             grad_activation,
             grad_distance,
             features,
@@ -1119,7 +1119,8 @@ def prototype_backward(
     grad_features = features.new_empty(features.shape if to_features else 0)
     grad_prototypes = prototypes.new_empty(prototypes.shape if to_prototypes else 0)
     if index.numel() == 0 or channels == 0:
-        return grad_features.zero_(), grad_prototypes.zero_()
+        grad_features = grad_features.zero_()
+        return _op.as_features(grad_features, features) if to_features else grad_features, grad_prototypes.zero_()
     grads = [None if grad is None else grad.contiguous() for grad in (grad_activation, grad_distance)]
     p, distance, index = prototypes.contiguous(), distance.contiguous(), index.contiguous()
     inverse: tuple[Any, Any] = (None, None)
@@ -1199,7 +1200,7 @@ def prototype_backward(
                 BK=BK,
                 BQ=BQ,
             )
-    return grad_features, grad_prototypes
+    return _op.as_features(grad_features, features) if to_features else grad_features, grad_prototypes
 
 
 def _by_pixel(index: Tensor, sizes: list[int], kernel: list[int], pixels: int) -> tuple[Tensor, Tensor]:

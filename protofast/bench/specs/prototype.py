@@ -55,12 +55,13 @@ def _case(
     metric: str = "sqeuclidean",
     topk: int = 1,
     kernel: int = 1,
+    inputs: str = "uniform",
 ) -> Case:
     """`goal` cases count in the medians that the spec promises."""
     label = f"{name} {b}x{d}x{side}x{side} P={p} {dtype}"
     label += f" {metric}" * (metric != "sqeuclidean") + f" topk={topk}" * (topk > 1)
     label += f" kernel={kernel}" * (kernel > 1) + " train" * train
-    params = {"shape": (b, d, side, side), "p": p, "dtype": dtype, "train": train, "goal": goal}
+    params = {"shape": (b, d, side, side), "p": p, "dtype": dtype, "train": train, "goal": goal, "inputs": inputs}
     return Case(label, params | {"metric": metric, "topk": topk, "kernel": kernel}, quick)
 
 
@@ -91,13 +92,17 @@ _RANGES = (2, 100), (32, 768), (5, 45), (20, 3000)  # samples, channels, side, p
 
 
 def _inputs(case: Case, device: str, seed: int) -> SimpleNamespace:
-    """Features and prototypes uniform in (0, 1), as behind the sigmoid of ProtoPNet's add-on layers."""
+    """Features and prototypes uniform in (0, 1), as behind the sigmoid of ProtoPNet's add-on layers; or features of
+    which many are as near, or a few rule the scale: in two tight ``clusters``, three quarters of them one
+    ``background``, or with one ``outlier`` a sample."""
     params = case.params
     rng, dtype, train, kernel = generator(seed), getattr(torch, params["dtype"]), params["train"], params["kernel"]
     b, d, *_ = params["shape"]
     size = (params["p"], d, kernel, kernel) if kernel > 1 else (params["p"], d)
-    x = torch.rand(params["shape"], generator=rng).to(device, dtype)
-    p = torch.rand(size, generator=rng).to(device, dtype)
+    x = torch.rand(params["shape"], generator=rng)
+    p = torch.rand(size, generator=rng)
+    _HARDER.get(params["inputs"], lambda *_: None)(x, p, rng)
+    x, p = x.to(device, dtype), p.to(device, dtype)
     weight = torch.rand((b, params["p"], params["topk"])[: 2 + (params["topk"] > 1)], generator=rng).to(device)
     return SimpleNamespace(
         x=x.requires_grad_(train),
@@ -108,6 +113,32 @@ def _inputs(case: Case, device: str, seed: int) -> SimpleNamespace:
         topk=params["topk"],
         device=device,
     )
+
+
+def _clusters(x: Tensor, p: Tensor, rng: torch.Generator) -> None:
+    """Around −1 and 1; each prototype is a patch, moved as far as patches of a cluster are from its middle."""
+    middle = torch.randint(2, (x.shape[0], 1, *x.shape[2:]), generator=rng) * 2.0 - 1
+    x.copy_(middle + 1e-3 * torch.randn(x.shape, generator=rng))
+    patches = x.movedim(1, -1).flatten(0, -2)
+    chosen = patches[torch.randint(len(patches), (len(p),), generator=rng)]
+    p.copy_(chosen + 1e-3 * torch.randn(p.shape, generator=rng))
+
+
+def _background(x: Tensor, p: Tensor, rng: torch.Generator) -> None:
+    """Equal patches, which tie."""
+    flat = x.flatten(2)
+    for sample in flat:
+        where = torch.randperm(flat.shape[2], generator=rng)[: flat.shape[2] * 3 // 4]
+        sample[:, where] = flat[0, :, :1].clone()
+
+
+def _outlier(x: Tensor, p: Tensor, rng: torch.Generator) -> None:
+    flat = x.flatten(2)
+    for sample in flat:
+        sample[:, int(torch.randint(flat.shape[2], (), generator=rng))] *= 1000
+
+
+_HARDER = {"clusters": _clusters, "background": _background, "outlier": _outlier}
 
 
 def _maybe_train(forward: Forward) -> Prepare:
@@ -379,6 +410,7 @@ SPEC = Spec(
         _case("ST-ProtoPNet", 80, 128, 7, 2000, False, metric="cosine", train=True),
         _case("MGProto", 64, 128, 14, 200, False, topk=20, train=True),
         _case("windows", 16, 128, 14, 100, False, kernel=3, train=True),
+        *(_case(name, 8, 128, 26, 100, False, inputs=name) for name in _HARDER),
     ),
     drawn=_drawn,
     tiny=(
@@ -416,10 +448,11 @@ SPEC = Spec(
         Median("forward", _FORWARD, _NATIVE, "matmul", 1 / 1.25),
         Median("forward", _FORWARD, f"{_NATIVE} bf16", "matmul", 1),
         Median("forward", _FORWARD, _NATIVE, "papers", 0.05, of="peak_memory"),
+        Median("train", _TRAIN, _NATIVE, "papers", 0.05, of="extra_memory"),
         Median("train", _TRAIN, _NATIVE, "papers", 12),
         Median("train", _TRAIN, _NATIVE, "torch.compile of papers", 4),
-        Median("train", _TRAIN, _TRITON, "torch.compile of papers", 5, device="cuda"),
-        Median("bfloat16 P=100", _BFLOAT16 | {"p": 100}, _TRITON, "copy", 0.8, device="cuda"),
-        Median("bfloat16 P=2000", _BFLOAT16 | {"p": 2000}, _TRITON, "matmul", 0.6, device="cuda"),
+        Median("train", _TRAIN, (_NATIVE, _TRITON), "torch.compile of papers", 5, device="cuda"),
+        Median("bfloat16 P=100", _BFLOAT16 | {"p": 100}, (_NATIVE, _TRITON), "copy", 0.8, device="cuda"),
+        Median("bfloat16 P=2000", _BFLOAT16 | {"p": 2000}, (_NATIVE, _TRITON), "matmul", 0.6, device="cuda"),
     ),
 )
