@@ -206,7 +206,7 @@ class PatchRows {
     at_once = rows_at_once(shape, sizeof(Real)), capacity = (at_once + ROWS - 1) / ROWS;
     const int64_t slots = capacity * ROWS;
     rows_ = row_buffer_.get(slots * chunks * L);
-    odd = odd_buffer_.get(slots);
+    odd = odd_buffer_.get(slots), is_run_ = run_buffer_.get(slots);
     Real** const numbers[] = {&start, &scale, &far, &inverse, &reach, &square_of};
     for (size_t i = 0; i < std::size(numbers); ++i) *numbers[i] = number_buffers_[i].get(slots);
     float** const of_bytes[] = {&byte_start, &byte_scale, &byte_reach, &byte_square, &missed};
@@ -295,11 +295,18 @@ class PatchRows {
       for (int64_t n = 0; n < count; n += L) {
         const int64_t* const to = place_ + n;
         const int some = static_cast<int>(std::min<int64_t>(L, count - n));
-        bool run = some == L && left == L && x_.stride[AXES - 1] == 1;
-        for (int i = 1; run && i < L; ++i) run = to[i] == to[0] + i;
+        if (c == 0) {
+          bool run = some == L && x_.stride[AXES - 1] == 1;
+          for (int i = 1; run && i < L; ++i) run = to[i] == to[0] + i;
+          is_run_[n / L] = run;
+        }
+        const bool run = is_run_[n / L] && left == L;
         V a[L], total = load_bits<V>(square_ + n);
         if (run) {
-          for (int d = 0; d < next_left; ++d) __builtin_prefetch(next + (to[0] + next_offset[d]), 0, 2);
+          if (next_left == L) {
+#pragma GCC unroll 16
+            for (int d = 0; d < L; ++d) __builtin_prefetch(next + (to[0] + next_offset[d]), 0, 2);
+          }
 #pragma GCC unroll 16
           for (int d = 0; d < L; ++d) a[d] = Memory<T>::load(x + (to[0] + offset[d]));
         } else {
@@ -470,7 +477,8 @@ class PatchRows {
   Buffer<uint32_t> cell_buffer_;
   Buffer<int64_t> id_buffer_, slot_buffer_, place_buffer_;
   Buffer<Real*> out_buffer_;
-  Buffer<bool> odd_buffer_;
+  Buffer<bool> odd_buffer_, run_buffer_;
+  bool* is_run_;
   // Of the segment that is packed.
   int64_t *slot_, *place_;
   Real *square_, **out_;
