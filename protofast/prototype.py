@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+import numbers
+import operator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -136,7 +138,7 @@ def prototype_activation(
     >>> pf.prototype_activation(features, torch.zeros(1, 2)).activation
     tensor([[9.2103]])
     """
-    _check_activation(activation, eps)
+    check_activation(activation, eps)
     kind = ACTIVATIONS.index(activation)
     activated, distance, index = _run(features, prototypes, metric, kind, eps, topk, mask, precision, verify, backend)
     return PrototypeActivation(distance if activation is None else activated, distance, index)
@@ -177,7 +179,7 @@ def prototype_map(
     tensor([[[[2., 2., 2.]]]])
     """
     features, prototypes = _checked(features, prototypes, metric)
-    _check_activation(activation, eps)
+    check_activation(activation, eps)
     distance = overload("prototype_map", features.device.type, backend)(features, prototypes, METRICS.index(metric))
     return activate(distance, ACTIVATIONS.index(activation), eps)
 
@@ -199,12 +201,10 @@ def _run(
         _check_mask(mask, features)
         mask = patch_mask(mask, patch_grid(features, prototypes), kernel_size(features, prototypes))
     patches = math.prod(patch_grid(features, prototypes))
-    if isinstance(topk, bool) or not isinstance(topk, int):
-        raise TypeError(f"topk is {topk!r}; give an integer")
+    topk = integer("topk", topk)
     if not 1 <= topk <= patches:
         raise ValueError(f"topk is {topk}; features has {patches} patches, so give a number from 1 to {patches}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; choose one of {', '.join(map(repr, PRECISIONS))}")
+    check_precision(precision)
     if not isinstance(verify, bool):
         raise TypeError(f"verify is {verify!r}; give True or False")
     grad = torch.is_grad_enabled() and (features.requires_grad or prototypes.requires_grad)
@@ -222,11 +222,43 @@ def _run(
     )
 
 
-def _check_activation(activation: str | None, eps: float) -> None:
+def integer(name: str, value: Any) -> int:
+    """The int that `value` is, numpy's too."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name} is {value!r}; give an integer")
+
+
+def channel_hint(shape: tuple[int, ...], channels: tuple[int, ...]) -> str:
+    """How to bring features to (B, D, *S) where D, the one of `channels`, is the size of another axis than 1."""
+    axes = [axis for axis in (*range(len(shape) - 1, 1, -1), 0) if shape[axis : axis + 1] == channels]
+    if not axes or shape[1:2] == channels:
+        return ""
+    axis = axes[0]
+    order = ", ".join(str(a) for a in [0, axis, *(a for a in range(1, len(shape)) if a != axis)])
+    return f". Axis {axis} has {channels[0]}: {f'features.permute({order})' if axis else 'features[None]'}?"
+
+
+def check_metric(metric: str) -> None:
+    if metric not in METRICS:
+        raise ValueError(f"metric is {metric!r}; choose one of {', '.join(map(repr, METRICS))}")
+
+
+def check_precision(precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; choose one of {', '.join(map(repr, PRECISIONS))}")
+
+
+def check_activation(activation: str | None, eps: float) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"activation is {activation!r}; choose one of {', '.join(map(repr, ACTIVATIONS[1:]))}, or None"
         )
+    if isinstance(eps, bool) or not isinstance(eps, numbers.Real):
+        raise TypeError(f"eps is {eps!r}; give a number above 0, such as 1e-4")
     if not 0 < eps < math.inf:
         raise ValueError(f"eps is {eps}; give a number above 0, such as 1e-4")
 
@@ -250,18 +282,20 @@ def _checked(features: Tensor, prototypes: Tensor, metric: str) -> tuple[Tensor,
             raise TypeError(f"{name} is a {type(tensor).__name__}; give a torch tensor")
         if tensor.dtype not in _DTYPES:
             raise TypeError(f"{name} is {tensor.dtype}; give float16, bfloat16, float32 or float64")
-    if metric not in METRICS:
-        raise ValueError(f"metric is {metric!r}; choose one of {', '.join(map(repr, METRICS))}")
+    check_metric(metric)
     shape, proto_shape = tuple(features.shape), tuple(prototypes.shape)
     if features.ndim < 3:
         raise ValueError(f"features has shape {shape}; give (B, D, *S) with at least one spatial axis")
     if prototypes.ndim not in (2, features.ndim):
         raise ValueError(
             f"prototypes has shape {proto_shape}; give (P, D), or (P, D, *K) with the {features.ndim - 2} spatial "
-            f"axes of features {shape}"
+            f"axes of features {shape}{channel_hint(shape, proto_shape[1:2])}"
         )
     if proto_shape[1] != shape[1]:
-        raise ValueError(f"prototypes has {proto_shape[1]} channels (shape {proto_shape}); features has {shape[1]}")
+        raise ValueError(
+            f"prototypes has {proto_shape[1]} channels (shape {proto_shape}); features has {shape[1]} (shape {shape})"
+            + channel_hint(shape, proto_shape[1:2])
+        )
     if features.device != prototypes.device:
         raise ValueError(f"prototypes is on {prototypes.device}; move it to the features' {features.device}")
     if 0 in proto_shape[2:]:

@@ -144,6 +144,12 @@ def test_a_checkpoint_that_does_not_fit_is_refused():
             layer.load_state_dict(state)
     with pytest.raises(RuntimeError, match="twos"):
         layer.load_state_dict({"prototype_vectors": torch.rand(5, 6, 1, 1), "twos": torch.ones(1)})
+    state = {"prototype_vectors": torch.rand(5, 6, 1, 1), "ones": torch.ones(5, 6, 1, 1)}
+    state["ones"][1, 2] = 0.5
+    with pytest.raises(RuntimeError, match="ones has other values than 1"):
+        layer.load_state_dict(state)
+    with pytest.raises(ValueError, match="other values than 1 as 'ones'"):
+        pf.nn.PrototypeLayer.from_state_dict(state)
 
 
 def test_a_layer_from_the_checkpoint_of_a_model():
@@ -158,6 +164,32 @@ def test_a_layer_from_the_checkpoint_of_a_model():
     assert layer.activation == "linear"
     with pytest.raises(ValueError, match="0 keys"):
         pf.nn.PrototypeLayer.from_state_dict({})
+
+
+KEY = "a.prototype_vectors"
+
+
+@pytest.mark.parametrize(
+    ("state", "options", "error", "message"),
+    [
+        (torch.rand(3, 2), {}, TypeError, "state is a Tensor"),
+        (None, {}, TypeError, "state is a NoneType"),
+        ("x.pth", {}, TypeError, "state is a str; give what torch.load makes of the file"),
+        (nn.Identity(), {}, TypeError, r"state is a Identity; give its state_dict\(\)"),
+        ({"epoch": 3, "model": {KEY: torch.rand(3, 2)}}, {}, ValueError, r"a level down; give state\['model'\]$"),
+        ({"net": nn.Identity()}, {}, ValueError, r"give state\['net'\].state_dict\(\)"),
+        ({KEY: torch.full((3, 2), math.inf)}, {}, ValueError, "state as 'a.prototype_vectors' has .* prototype 0"),
+        ({KEY: [1.0]}, {}, TypeError, "state has list as 'a.prototype_vectors'"),
+        ({KEY: torch.ones(3, 2, dtype=torch.int64)}, {}, TypeError, "state has torch.int64 as 'a.prototype_vectors'"),
+        ({KEY: torch.rand(3)}, {}, ValueError, r"state has shape \(3,\) as 'a.prototype_vectors'"),
+        ({KEY: torch.rand(0, 2, 1, 1)}, {}, ValueError, r"state has shape \(0, 2, 1, 1\) as 'a.prototype_vectors'"),
+        ({KEY: torch.rand(3, 2, 0, 1)}, {}, ValueError, r"state has shape \(3, 2, 0, 1\)"),
+        ({KEY: torch.rand(3, 2)}, {"kernel_size": 1}, TypeError, "kernel_size comes from the state"),
+    ],
+)
+def test_a_checkpoint_that_makes_no_layer_is_refused(state, options, error, message):
+    with pytest.raises(error, match=message):
+        pf.nn.PrototypeLayer.from_state_dict(state, **options)
 
 
 def test_copies_and_pickles():
@@ -306,6 +338,10 @@ def test_initialise_refuses():
         layer.initialize_from(torch.rand(2, 3, 1, 9))
     with pytest.raises(ValueError, match="features has shape"):
         layer.initialize_from(torch.rand(2, 3, 9))
+    with pytest.raises(TypeError, match="generator is 3"):
+        layer.initialize_from(torch.rand(2, 3, 4, 4), generator=3)
+    with pytest.raises(ValueError, match=r"Axis 3 has 3: features.permute\(0, 3, 1, 2\)"):
+        layer.initialize_from(torch.rand(2, 9, 8, 3))
     with pytest.raises(ValueError, match="method is 'best'"):
         layer.initialize_from(torch.rand(2, 3, 5, 5), method="best")
     with pytest.raises(TypeError, match="features is a list"):
@@ -414,6 +450,10 @@ def test_prune_refuses_and_changes_nothing():
     ]:
         with pytest.raises(error, match=message):
             layer.append(vectors, optimizer=optimizer)
+    with pytest.raises(ValueError, match="vectors has values in prototype 0"):
+        layer.append(torch.full((1, layer.channels), math.nan), optimizer=optimizer)
+    with pytest.raises(TypeError, match="optimizer is a int"):
+        layer.prune([0], optimizer=3)
     stranger = torch.optim.SGD([nn.Parameter(torch.rand(2))])
     with pytest.raises(ValueError, match="optimizer does not hold"):
         layer.prune([0], optimizer=stranger)
@@ -437,6 +477,15 @@ def test_prune_refuses_and_changes_nothing():
         ({"channels": -1}, ValueError, "channels is -1"),
         ({"kernel_size": 0}, ValueError, "kernel_size is 0"),
         ({"kernel_size": ()}, ValueError, "kernel_size is empty"),
+        ({"kernel_size": 2.0}, TypeError, "kernel_size is 2.0"),
+        ({"kernel_size": (1, 2.0)}, TypeError, "kernel_size is 2.0"),
+        ({"kernel_size": "12"}, TypeError, "kernel_size is '12'"),
+        ({"kernel_size": None}, TypeError, "kernel_size is None"),
+        ({"topk": True}, TypeError, "topk is True"),
+        ({"topk": np.bool_(True)}, TypeError, r"topk is np.True_|topk is True"),
+        ({"eps": "1e-4"}, TypeError, "eps is '1e-4'"),
+        ({"eps": None}, TypeError, "eps is None"),
+        ({"eps": True}, TypeError, "eps is True"),
         ({"topk": 0}, ValueError, "topk is 0"),
         ({"metric": "l2"}, ValueError, "metric is 'l2'"),
         ({"activation": "relu"}, ValueError, "activation is 'relu'"),
@@ -445,8 +494,94 @@ def test_prune_refuses_and_changes_nothing():
         ({"init": "zeros"}, ValueError, "init is 'zeros'"),
         ({"init": torch.rand(3, 2)}, ValueError, r"init has shape \(3, 2\)"),
         ({"init": torch.ones(2, 3, dtype=torch.int64)}, TypeError, "init is torch.int64"),
+        ({"init": np.ones((2, 3))}, TypeError, "init is a ndarray; .* a torch tensor"),
+        ({"init": torch.tensor([[1.0, 2, 3], [4, 5, math.nan]])}, ValueError, "init has values in prototype 1"),
+        ({"dtype": torch.int64}, TypeError, "dtype is torch.int64"),
+        ({"dtype": "float16"}, TypeError, "dtype is 'float16'"),
     ],
 )
 def test_refuses(options, error, message):
     with pytest.raises(error, match=message):
         pf.nn.PrototypeLayer(**{"num_prototypes": 2, "channels": 3, **options})
+
+
+def test_device_and_dtype():
+    for init in ("uniform", "normal", "orthogonal", torch.rand(5, 6)):
+        layer = pf.nn.PrototypeLayer(5, 6, init=init, device="cpu", dtype=torch.float64)
+        assert layer.prototype_vectors.dtype == torch.float64
+        if isinstance(init, torch.Tensor):
+            assert torch.equal(layer.prototype_vectors, init.double()[..., None, None])
+        assert pf.nn.PrototypeLayer(5, 6, init=init, device="meta").prototype_vectors.is_meta
+    kept = torch.rand(5, 6, dtype=torch.float64)
+    layer = pf.nn.PrototypeLayer(5, 6, init=kept)
+    assert layer.prototype_vectors.dtype == torch.float64
+    assert layer.prototype_vectors.data_ptr() != kept.data_ptr()
+    state = {"prototype_vectors": kept}
+    assert pf.nn.PrototypeLayer.from_state_dict(state, dtype=torch.bfloat16).prototype_vectors.dtype == torch.bfloat16
+
+
+def test_the_head_trains_on_after_prune_and_append():
+    """By the recipe of docs/prototypes.md."""
+    layer, head, x = pf.nn.PrototypeLayer(6, 8), nn.Linear(6, 3, bias=False), torch.rand(2, 8, 4, 4)
+    optimizer, head_optimizer = (torch.optim.Adam(module.parameters()) for module in (layer, head))
+
+    def step():
+        head(layer(x)).square().sum().backward()
+        for each in (optimizer, head_optimizer):
+            each.step()
+            each.zero_grad()
+
+    step()
+    kept = layer.prune([0, 1, 3, 4, 5], optimizer=optimizer)
+    before = head.weight.detach().clone()
+    head.weight = nn.Parameter(head.weight.detach()[:, kept])
+    layer.append(torch.rand(2, 8), optimizer=optimizer)
+    head.weight = nn.Parameter(torch.cat([head.weight.detach(), torch.zeros(3, 2)], 1))
+    assert torch.equal(head.weight, torch.cat([before[:, [0, 1, 3, 4, 5]], torch.zeros(3, 2)], 1))
+    head_optimizer = torch.optim.Adam(head.parameters())
+    before = head.weight.detach().clone()
+    step()
+    assert head.weight.shape == (3, 7)
+    assert (head.weight != before).all()
+
+
+def test_the_layer_and_the_functions_refuse_alike():
+    x, p = torch.rand(1, 3, 4, 4), torch.rand(2, 3)
+    for options in (
+        {"metric": "l2"},
+        {"activation": "relu"},
+        {"eps": -1.0},
+        {"eps": math.nan},
+        {"eps": "1e-4"},
+        {"precision": "fp8"},
+        {"topk": 1.0},
+        {"topk": True},
+    ):
+        with pytest.raises((TypeError, ValueError)) as layers:
+            pf.nn.PrototypeLayer(2, 3, **options)
+        with pytest.raises(layers.type) as functions:
+            pf.prototype_activation(x, p, **options)
+        assert str(layers.value) == str(functions.value)
+
+
+def test_integers_and_numbers_of_numpy():
+    x = torch.rand(2, 3, 4, 4)
+    layer = pf.nn.PrototypeLayer(np.int64(2), np.int32(3), np.int64(2), topk=np.int64(3), eps=np.float32(0.5))
+    assert layer.kernel_size == (2, 2)
+    vectors = layer.prototype_vectors
+    expected = pf.prototype_activation(x, vectors, topk=3, eps=0.5)
+    assert torch.equal(layer(x), expected.activation)
+    found = pf.prototype_activation(x, vectors, topk=np.int64(3), eps=np.float64(0.5))
+    assert torch.equal(found.activation, expected.activation)
+    assert torch.equal(pf.prototype_distance(x, vectors, topk=np.uint8(3)).index, expected.index)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_checks_compile(dynamic):
+    def call(x, p, topk, eps):
+        return pf.prototype_activation(x, p, topk=topk, eps=eps).activation
+
+    compiled = torch.compile(call, fullgraph=True, backend="eager", dynamic=dynamic)
+    x, p = torch.rand(2, 3, 4, 4), torch.rand(2, 3)
+    for topk, eps in ((1, 1e-4), (3, 0.5), (2, 0.25)):
+        assert torch.equal(compiled(x, p, topk, eps), call(x, p, topk, eps))

@@ -61,6 +61,17 @@ def test_samples_without_a_prototype_on_that_side_take_no_part():
         assert torch.equal(grad, torch.zeros(2, 3))
 
 
+@pytest.mark.parametrize("given", [CLASSES, table(CLASSES)], ids=["ids", "bool"])
+def test_a_sample_of_no_class_is_of_none(given):
+    labels = torch.tensor([-1, 2, -1])
+    distance = torch.rand(3, 7)
+    own = distance[1, CLASSES == 2].min()
+    assert pf.nn.cluster_loss(distance, labels, given) == own
+    assert pf.nn.cluster_loss(distance, torch.full((3,), -1), given) == 0
+    others = torch.stack([distance[0].min(), distance[1, CLASSES != 2].min(), distance[2].min()])
+    assert pf.nn.separation_loss(distance, labels, given) == -others.mean()
+
+
 def test_infinite_and_nan_distances():
     distance = torch.tensor([[float("inf"), 2.0, 3.0]], requires_grad=True)  # inf: all of the image is masked
     loss = pf.nn.cluster_loss(distance, torch.tensor([0]), torch.tensor([0, 0, 1]))
@@ -160,10 +171,20 @@ D = torch.rand(6, 7)
         (lambda: pf.nn.cluster_loss(D, LABELS, CLASSES[:5]), ValueError, r"prototype_classes has shape \(5,\)"),
         (lambda: pf.nn.cluster_loss(D, LABELS, CLASSES.float()), TypeError, "prototype_classes is torch.float32"),
         (lambda: pf.nn.cluster_loss(D, LABELS, table(CLASSES, 3)), ValueError, "labels has 3"),
+        (lambda: pf.nn.cluster_loss(D, LABELS - 2, CLASSES), ValueError, "labels has -2"),
+        (lambda: pf.nn.cluster_loss(D, LABELS - 2, table(CLASSES)), ValueError, "labels has -2"),
+        (lambda: pf.nn.cluster_loss(D, LABELS, CLASSES - 1), ValueError, "prototype_classes has -2"),
+        (lambda: pf.nn.orthogonality_loss(D, LABELS - 2), ValueError, "prototype_classes has -2"),
+        (lambda: pf.nn.cluster_loss(D, "cats", CLASSES), TypeError, "labels is a str"),
+        (lambda: pf.nn.cluster_loss(D, LABELS, ["cat"] * 7), TypeError, "prototype_classes is a list"),
         (lambda: pf.nn.cluster_loss(D[0]), ValueError, r"distance has shape \(7,\)"),
         (lambda: pf.nn.cluster_loss(LABELS), TypeError, "distance is a torch.int64"),
         (lambda: pf.nn.separation_loss(D[:, :0], LABELS, CLASSES), ValueError, "distance has shape"),
         (lambda: pf.nn.distinct_loss(D, margin=0), ValueError, "margin is 0"),
+        (lambda: pf.nn.distinct_loss(D, margin=None), TypeError, "margin is None"),
+        (lambda: pf.nn.distinct_loss(D, margin=True), TypeError, "margin is True"),
+        (lambda: pf.nn.cluster_loss(D[:0]), ValueError, r"distance has shape \(0, 7\), an empty batch"),
+        (lambda: pf.nn.separation_loss(D[:0], LABELS[:0], CLASSES), ValueError, "an empty batch"),
         (lambda: pf.nn.distinct_loss(D, metric="dot"), ValueError, "metric is 'dot'"),
         (lambda: pf.nn.distinct_loss(D[0]), ValueError, "prototypes has shape"),
         (lambda: pf.nn.orthogonality_loss([1.0]), TypeError, "prototypes is a list"),

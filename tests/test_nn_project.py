@@ -10,6 +10,7 @@ from helpers.errors import assert_within, exact
 from torch import nn
 
 import protofast as pf
+from protofast.nn.project import _identity, _Nearest
 
 IMAGES = 23
 
@@ -200,6 +201,50 @@ def test_the_modes_of_the_encoder_come_back(encoder, images):
     assert broken.training
 
 
+def test_a_method_puts_its_module_into_eval_mode(images):
+    class PPNet(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+            self.prototype_vectors = nn.Parameter(torch.rand(6, 4, 1, 1))
+
+        def conv_features(self, x):
+            assert not self.features[1].training
+            return self.features(x)
+
+    model = PPNet()
+    before = model.features[1].running_mean.clone()
+    layer = pf.nn.PrototypeLayer.from_state_dict(model.state_dict())
+    layer.prototype_vectors = model.prototype_vectors
+    found = pf.nn.project(layer, model.conv_features, images.split(5), progress=False)
+    assert all(module.training for module in model.modules())
+    assert torch.equal(model.features[1].running_mean, before)
+    assert torch.equal(model.prototype_vectors, found.feature[:, 0])
+
+
+def test_a_loader_that_shuffles_is_warned_of(images, recwarn):
+    data = torch.utils.data
+    layer, encoder = pf.nn.PrototypeLayer(6, 4), nn.Conv2d(1, 4, 3)
+    plain = data.TensorDataset(images)
+    sampler = data.BatchSampler(data.RandomSampler(plain), 5, False)
+    for loader in (data.DataLoader(plain, 5, shuffle=True), data.DataLoader(plain, batch_sampler=sampler)):
+        with pytest.warns(UserWarning, match="loader shuffles .* shuffle=False, or ids") as caught:
+            pf.nn.project(layer, encoder, loader, progress=False)
+        assert [warning.filename for warning in caught] == [__file__]
+    numbered = data.TensorDataset(images, torch.zeros(IMAGES, dtype=torch.int64), torch.arange(IMAGES))
+    for loader in (data.DataLoader(plain, 5), data.DataLoader(numbered, 5, shuffle=True)):
+        pf.nn.project(layer, encoder, loader, progress=False)
+    assert not [w for w in recwarn if "shuffles" in str(w.message)]
+
+
+def test_integers_of_numpy(encoder, images):
+    layer = pf.nn.PrototypeLayer(6, 4)
+    options = {"best": np.int64(3), "per_image": np.int32(2), "checkpoint_every": np.int64(2)}
+    found = pf.nn.project(layer, encoder, images.split(5), push=False, progress=False, **options)
+    expected = pf.nn.project(layer, encoder, images.split(5), push=False, progress=False, best=3, per_image=2)
+    assert same(found, expected)
+
+
 def test_duplicates():
     layer = pf.nn.PrototypeLayer(4, 2, init=torch.tensor([[0.0, 0.0], [5.0, 5.0], [0.1, 0.0], [0.0, 0.2]]))
     images = torch.tensor([[0.0, 0.0], [6.0, 5.0], [-0.0, 0.0]])[:, :, None, None]
@@ -242,11 +287,51 @@ def test_resumes_to_the_same_bits(encoder, images, tmp_path, after):
     options |= {"checkpoint": path, "checkpoint_every": 2}
     with pytest.raises(Stop):
         pf.nn.project(layer, Interrupted(encoder, after), batches(images, labels), **options)
-    assert path.exists() == (after >= 2)
+    assert path.exists(), "the exception did not write what was done"
     rest = Interrupted(encoder, 99)
     assert same(pf.nn.project(layer, rest, batches(images, labels), **options), whole)
-    assert rest.calls == 5 - after // 2 * 2
+    assert rest.calls == 5 - after
     assert list(path.parent.glob("*")) == [] if path.parent.exists() else True
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 4, 5, 6])
+def test_an_interrupt_amid_a_batch_keeps_the_batches_before(encoder, images, tmp_path, monkeypatch, call):
+    labels = torch.arange(IMAGES) % 2
+    options = {"prototype_classes": torch.tensor([0, 1, 1, 0, 1, 0]), "best": 3, "push": False, "progress": False}
+    layer = pf.nn.PrototypeLayer(6, 4)
+    whole = pf.nn.project(layer, encoder, batches(images, labels), **options)
+    options["checkpoint"] = tmp_path / "progress.npz"
+    merge, calls = _Nearest._merge, []
+
+    def interrupted(*given):
+        calls.append(given)  # two a batch, one a class
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return merge(*given)
+
+    monkeypatch.setattr(_Nearest, "_merge", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pf.nn.project(layer, encoder, batches(images, labels), **options)
+    assert options["checkpoint"].exists() == (call > 2)
+    calls.clear()
+    call = 99
+    assert same(pf.nn.project(layer, encoder, batches(images, labels), **options), whole)
+
+
+def test_an_error_before_anything_new_leaves_the_checkpoint(encoder, images, tmp_path):
+    layer, path = pf.nn.PrototypeLayer(6, 4), tmp_path / "progress.npz"
+    options = {"checkpoint": path, "push": False, "progress": False}
+    with pytest.raises(Stop):
+        pf.nn.project(layer, Interrupted(encoder, 3), images.split(5), **options)
+    before = path.read_bytes(), path.stat().st_mtime_ns
+
+    def broken():
+        yield images[:5]
+        raise Stop
+
+    with pytest.raises(Stop):
+        pf.nn.project(layer, Interrupted(encoder, 99), broken(), **options)
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == before
 
 
 def test_a_checkpoint_of_something_else_is_refused(encoder, images, tmp_path):
@@ -264,13 +349,16 @@ def test_a_checkpoint_of_something_else_is_refused(encoder, images, tmp_path):
         ({"layer": pf.nn.PrototypeLayer(6, 4, init=layer.prototype_vectors, metric="cosine")}, "metric"),
         ({"best": 2}, "best"),
         ({"prototype_classes": torch.arange(6)}, "prototype_classes"),
+        ({"layer": pf.nn.PrototypeLayer(6, 4, (1, 2))}, "kernel_size"),
         ({"encoder": encoder}, "encoder"),
         ({"encoder": Interrupted(nn.Conv2d(1, 4, 3), 9)}, "encoder"),
     ]:
         given = {"layer": layer, "encoder": Interrupted(encoder, 99), "loader": images.split(5), **options, **changed}
         with pytest.raises(ValueError, match=f"made with another {name}"):
             pf.nn.project(**given)
-    for other in (images.flip(0).split(5), images.split(4)):
+    brighter = images.clone()
+    brighter[6] += 0.1  # the second of its batch
+    for other in (images.flip(0).split(5), images.split(4), brighter.split(5)):
         with pytest.raises(ValueError, match="loader gives other batches"):
             pf.nn.project(layer, Interrupted(encoder, 99), other, **options)
     with pytest.raises(ValueError, match="loader has 1 batches"):
@@ -282,6 +370,87 @@ def test_a_checkpoint_of_something_else_is_refused(encoder, images, tmp_path):
     pf.nn.project(layer, encoder, images.split(5), push=False, progress=False).save(path)
     with pytest.raises(ValueError, match="holds no progress"):
         pf.nn.project(layer, encoder, images.split(5), **options)
+
+
+def test_other_labels_and_ids_are_refused(encoder, images, tmp_path):
+    layer, labels, ids = pf.nn.PrototypeLayer(6, 4), torch.arange(IMAGES) % 3, torch.arange(IMAGES)
+    options = {"prototype_classes": torch.arange(6) % 3, "checkpoint": tmp_path / "progress.npz"}
+    options |= {"checkpoint_every": 2, "push": False, "progress": False}
+    with pytest.raises(Stop):
+        pf.nn.project(layer, Interrupted(encoder, 3), batches(images, labels, ids), **options)
+    other = labels.clone()
+    other[7] += 1
+    shifted = torch.where(ids == 8, 100, ids)
+    for given in (batches(images, other, ids), batches(images, labels, shifted)):
+        with pytest.raises(ValueError, match="loader gives other batches"):
+            pf.nn.project(layer, Interrupted(encoder, 99), given, **options)
+    pf.nn.project(layer, Interrupted(encoder, 99), batches(images, labels, ids), **options)
+
+
+class Settled(nn.Module):
+    """With a setting that only its repr has, and a buffer that is not saved."""
+
+    def __init__(self, power=2, shift=0.0):
+        super().__init__()
+        self.power = power
+        self.register_buffer("shift", torch.tensor(shift), persistent=False)
+
+    def extra_repr(self):
+        return f"power={self.power}, act={object()}"
+
+    def forward(self, x):
+        return x**self.power + self.shift
+
+
+def one(x):
+    return x
+
+
+def two(x):
+    return 2 * x
+
+
+def test_what_tells_encoders_apart():
+    class Other(Settled):
+        pass
+
+    Other.__name__ = "Settled"
+    wide, narrow = (nn.Conv2d(1, 1, 3, padding=p, bias=False) for p in (1, 0))
+    narrow.load_state_dict(wide.state_dict())
+    different = [one, two, Settled(), Settled(3), Settled(shift=1.0), Other(), wide, narrow, wide.forward]
+    different += [narrow.forward, nn.Sequential(Settled()), nn.Sequential(Other())]
+    assert len({_identity(encoder) for encoder in different}) == len(different)
+    assert _identity(Settled()) == _identity(Settled())
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, images):
+        self.images = images
+
+    def __iter__(self):
+        return iter(self.images)
+
+
+def test_a_loader_without_a_length(encoder, images):
+    layer = pf.nn.PrototypeLayer(6, 4)
+    whole = pf.nn.project(layer, encoder, images.split(5), best=2, push=False, progress=False)
+    loader = torch.utils.data.DataLoader(Stream(images), batch_size=5)
+    for given in (loader, (batch for batch in images.split(5))):
+        assert same(pf.nn.project(layer, encoder, given, best=2, push=False, progress=False), whole)
+
+
+@pytest.mark.parametrize("as_table", [False, True])
+def test_images_of_no_class_match_nothing(as_table):
+    images = torch.rand(4, 2, 2, 2)
+    classes = torch.tensor([0, -1, 1])
+    given = torch.stack([classes == c for c in range(2)], 1) if as_table else classes
+    layer = pf.nn.PrototypeLayer(3, 2, init=images[1, :, 0, 0].expand(3, 2))  # nearest to the second image
+    loader = [(images, torch.tensor([0, -1, 1, -1]))]
+    options = {"prototype_classes": given, "best": 2, "push": False, "progress": False}
+    found = pf.nn.project(layer, nn.Identity(), loader, **options)
+    assert found.image.tolist() == [[0, -1], [-1, -1], [2, -1]]
+    with pytest.raises(ValueError, match="loader gave label -2"):
+        pf.nn.project(layer, nn.Identity(), [(images, torch.tensor([0, -2, 1, 0]))], **options)
 
 
 def test_save_and_load(encoder, images, tmp_path):
@@ -372,6 +541,37 @@ def test_refuses(changed, error, message):
         pf.nn.project(**{**given, **changed})
 
 
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (None, "loader is a NoneType; give a DataLoader"),
+        (X, "loader is a Tensor; wrap it in a DataLoader"),
+        (torch.utils.data.TensorDataset(X), r"loader is a Dataset \(TensorDataset\); wrap it in a DataLoader"),
+    ],
+)
+def test_refuses_what_is_no_loader(loader, message):
+    with pytest.raises(TypeError, match=message):
+        pf.nn.project(pf.nn.PrototypeLayer(2, 4), nn.Identity(), loader, progress=False)
+
+
+def test_refuses_what_is_no_checkpoint(tmp_path):
+    layer = pf.nn.PrototypeLayer(2, 4)
+    text, array = tmp_path / "notes.txt", tmp_path / "array.npy"
+    text.write_text("epoch 1\n")
+    np.save(array, np.zeros(3))
+    for path, error, message in [
+        (tmp_path, ValueError, r"checkpoint .* is a folder; give a file, such as .*push\.npz"),
+        (text, ValueError, r"checkpoint .*notes\.txt is damaged, or no \.npz file"),
+        (array, ValueError, r"checkpoint .*array\.npy is damaged, or no \.npz file"),
+        (3, TypeError, "checkpoint is a int; give a path"),
+    ]:
+        with pytest.raises(error, match=message):
+            pf.nn.project(layer, nn.Identity(), [X], checkpoint=path, progress=False)
+    assert text.read_text() == "epoch 1\n"
+    with pytest.raises(TypeError, match="layer is a NoneType"):
+        pf.nn.project(layer, nn.Identity(), [X], push=False, progress=False).push_to(None)
+
+
 def test_refuses_broken_prototypes():
     layer = pf.nn.PrototypeLayer(2, 4)
     with torch.no_grad():
@@ -422,6 +622,22 @@ def test_heat_map(tmp_path):
     assert (flat == dark).all()
 
 
+def test_a_heat_map_makes_the_map_of_its_prototype_alone(monkeypatch):
+    pytest.importorskip("matplotlib")
+    layer = pf.nn.PrototypeLayer(5, 3, metric="cosine", activation="linear")
+    image, features = torch.rand(1, 8, 8), torch.rand(3, 4, 4)
+    whole, seen = layer.map(features[None]), []
+
+    def watched(*args, **options):
+        seen.append(pf.prototype_map(*args, **options))
+        return seen[-1]
+
+    monkeypatch.setattr("protofast.nn.pictures.prototype_map", watched)
+    pf.nn.heat_map(image, layer, features, 3)
+    (found,) = seen
+    assert torch.equal(found, whole[:, 3:4])
+
+
 def test_prototype_sheet(encoder, images, tmp_path):
     pytest.importorskip("matplotlib")
     layer = pf.nn.PrototypeLayer(4, 4, 2)
@@ -464,3 +680,161 @@ def test_a_picture_that_fails_leaves_the_old_file(encoder, images, tmp_path):
         pf.nn.heat_map(images[0], layer, torch.rand(4, 3, 3), 4, path=path)
     assert path.read_bytes() == b"old"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("suffix", ["", ".PNG", ".jpg", ".tif", ".webp", ".pdf", ".svg"])
+def test_the_suffix_says_the_format(encoder, images, tmp_path, suffix):
+    from PIL import Image
+
+    pytest.importorskip("matplotlib")
+    begins = {
+        "": b"\x89PNG",
+        ".PNG": b"\x89PNG",
+        ".jpg": b"\xff\xd8",
+        ".webp": b"RIFF",
+        ".pdf": b"%PDF",
+        ".svg": b"<?xml",
+    }
+    begins[".tif"] = b"II*\0"
+    path = tmp_path / f"picture{suffix}"
+    found = pf.nn.project(pf.nn.PrototypeLayer(1, 4), encoder, [images], progress=False)
+    pf.nn.prototype_sheet(found, images, path=path)
+    assert path.read_bytes().startswith(begins[suffix])
+    path.unlink()
+    if suffix == ".svg":
+        with pytest.raises(ValueError, match=r"path is .*svg'; a picture can be written as png, "):
+            pf.nn.draw_boxes(images[0], (0, 0, 4, 4), path=path)
+        return
+    drawn = pf.nn.draw_boxes(images[0], (0, 0, 4, 4), path=path)
+    assert path.read_bytes().startswith(begins[suffix])
+    if suffix in ("", ".PNG", ".tif"):
+        assert (np.asarray(Image.open(path)) == drawn).all()
+
+
+def test_normalised_images_are_warned_of_once(encoder, images, recwarn):
+    pytest.importorskip("matplotlib")
+    layer = pf.nn.PrototypeLayer(2, 4)
+    found = pf.nn.project(layer, encoder, [images], best=3, progress=False)
+    features = torch.rand(4, 3, 3)
+    barely = images[0].clone()
+    barely[0, 0, :2] = torch.tensor([1.001, -0.001])
+    for fine in (images[0], (images[0] * 255).byte(), barely, torch.full((1, 4, 4), math.nan)):
+        pf.nn.draw_boxes(fine, [])
+    assert not recwarn
+    many = images * 4 - 2
+    for name, draw in (
+        ("image", lambda: pf.nn.draw_boxes(many[0], [])),
+        ("image", lambda: pf.nn.heat_map(many[0], layer, features, 0)),
+        (r"images\[\d+\]", lambda: pf.nn.prototype_sheet(found, many)),
+    ):
+        with pytest.warns(
+            UserWarning, match=rf"{name} ranges from -[12].* to .*: undo the normalisation first"
+        ) as caught:
+            draw()
+        assert len(caught) == 1
+        assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="image ranges from 0 to 255"):
+        pf.nn.draw_boxes(torch.tensor([[0.0, 255.0]]), [])
+
+
+@pytest.mark.parametrize("none", [[], torch.empty(0, 4, dtype=torch.int64), np.zeros((0, 4), int), (0, 0, 0, 0)])
+def test_no_boxes(none):
+    image = torch.rand(3, 5, 4)
+    assert (pf.nn.draw_boxes(image, none) == pf.nn.draw_boxes(image, [(2, 1, 2, 9)])).all()
+
+
+def test_drawing_leaves_the_image_as_it_was():
+    image = np.zeros((3, 4, 4), np.uint8)
+    pf.nn.draw_boxes(image, (0, 0, 4, 4))
+    assert not image.any()
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"image": None}, TypeError, "image is a NoneType"),
+        ({"image": torch.rand(1, 0, 4)}, ValueError, r"image has shape \(1, 0, 4\)"),
+        ({"layer": nn.Conv2d(1, 4, 3)}, TypeError, "layer is a Conv2d"),
+        ({"features": None}, TypeError, "features is a NoneType"),
+        ({"prototype": None}, TypeError, "prototype is None"),
+        ({"prototype": 1.5}, TypeError, "prototype is 1.5"),
+        ({"prototype": -1}, IndexError, "prototype is -1"),
+        ({"strength": None}, TypeError, "strength is None"),
+        ({"strength": 2}, ValueError, "strength is 2"),
+        ({"limits": 3}, TypeError, "limits is 3"),
+        ({"limits": (1, None)}, TypeError, "limits is"),
+        ({"limits": (2, 1)}, ValueError, r"limits is \(2, 1\)"),
+        ({"limits": (0, math.nan)}, ValueError, "limits is"),
+        ({"path": 3}, TypeError, "path is a int"),
+        ({"path": "heat.docx"}, ValueError, "path is 'heat.docx'"),
+    ],
+)
+def test_heat_map_refuses(changed, error, message):
+    pytest.importorskip("matplotlib")
+    options = {"image": torch.rand(1, 8, 8), "features": torch.rand(4, 3, 3), "prototype": 0}
+    options["layer"] = pf.nn.PrototypeLayer(2, 4)
+    with pytest.raises(error, match=message):
+        pf.nn.heat_map(**{**options, **changed})
+
+
+@pytest.mark.parametrize(
+    ("boxes", "options", "error", "message"),
+    [
+        (None, {}, TypeError, "boxes is None"),
+        ("all", {}, TypeError, "boxes is 'all'"),
+        ([(0, 0, 1.5, 2)], {}, ValueError, "boxes is torch.float32"),
+        ([(0, 0, 3, 3), (4, 1, 2, 3)], {}, ValueError, r"boxes has \[4, 1, 2, 3\], which ends before"),
+        ((1, 3, 2, 1), {}, ValueError, "ends before it begins"),
+        ((5, 0, 7, 2), {}, ValueError, r"boxes has \[5, 0, 7, 2\], outside the image of 5 by 4"),
+        ((0, -3, 2, 0), {}, ValueError, "outside the image"),
+        ((0, 0, 1, 1), {"colour": "red"}, TypeError, "colour is 'red'"),
+        ((0, 0, 1, 1), {"colour": None}, TypeError, "colour is None"),
+        ((0, 0, 1, 1), {"colour": (0, 0, 256)}, ValueError, "colour is"),
+        ((0, 0, 1, 1), {"colour": (0, 0)}, ValueError, "colour is"),
+        ((0, 0, 1, 1), {"width": 1.5}, TypeError, "width is 1.5"),
+        ((0, 0, 1, 1), {"width": 0}, ValueError, "width is 0"),
+    ],
+)
+def test_draw_boxes_refuses(boxes, options, error, message):
+    with pytest.raises(error, match=message):
+        pf.nn.draw_boxes(torch.rand(1, 5, 4), boxes, **options)
+
+
+def test_prototype_sheet_refuses(encoder, images):
+    pytest.importorskip("matplotlib")
+    found = pf.nn.project(pf.nn.PrototypeLayer(4, 4), encoder, [images], best=3, progress=False)
+    sheet = pf.nn.prototype_sheet
+    with pytest.raises(TypeError, match="projection is a NoneType"):
+        sheet(None, images)
+    for wrong in (None, torch.utils.data.DataLoader(images), iter(images)):
+        with pytest.raises(TypeError, match=f"images is a {type(wrong).__name__}; give a sequence"):
+            sheet(found, wrong)
+    last = int(found.image.max())
+    with pytest.raises(IndexError, match=r"images has no \d+; give the images that were projected"):
+        sheet(found, images[:last])
+    for wrong in (1.5, "two", [True, False, True, True], torch.ones(4, dtype=torch.bool), [[0], [1]]):
+        with pytest.raises(TypeError, match="prototypes is"):
+            sheet(found, images, prototypes=wrong)
+    with pytest.raises(ValueError, match="prototypes is empty"):
+        sheet(found, images, prototypes=[])
+    with pytest.raises(TypeError, match="field is a Tensor"):
+        sheet(found, images, field=torch.zeros(3))
+    narrow = pf.nn.receptive_field(encoder, (8, 6))  # (6, 4) in place of (6, 5)
+    with pytest.raises(ValueError, match=r"field has the grid \(6, 4\)"):
+        sheet(found, lambda number: pytest.fail("images are not asked for"), field=narrow)
+    with pytest.raises(ValueError, match="field has 1 axes"):
+        sheet(found, images, field=pf.nn.receptive_field([(3, 1, 0)], (8,)))
+    strided = pf.nn.receptive_field([(4, 2, 1), (1, 1, 1), (1, 1, 0)], (8, 7))  # the grid alone is right
+    assert strided.grid == (6, 5)
+    sheet(found, images, field=strided)
+    with pytest.raises(ValueError, match=r"field is of images of size \(16, 14\); images\[\d+\] has \(8, 7\)"):
+        sheet(found, images, field=pf.nn.receptive_field([(6, 2, 0)], (16, 14)))
+
+
+def test_prototypes_of_a_sheet_and_its_title(encoder, images):
+    pytest.importorskip("matplotlib")
+    found = pf.nn.project(pf.nn.PrototypeLayer(4, 4), encoder, [images], best=3, progress=False)
+    for one in (2, np.int64(2), torch.tensor(2), torch.tensor([2]), (2,), range(2, 3)):
+        figure = pf.nn.prototype_sheet(found, images, prototypes=one)
+        assert [axes.get_ylabel() for axes in figure.axes] == ["2", "", ""]
+    assert figure.get_suptitle() == "image · distance"

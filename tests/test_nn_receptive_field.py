@@ -241,6 +241,10 @@ def test_box_by_index_and_position():
     for index in (-1, len(field.boxes), (0, 14), (0,), (0, 0, 0), (-1, 0)):
         with pytest.raises(IndexError, match="grid of patches is"):
             field.box(index)
+    assert field.box(np.array([1, 2])) == field.box((1, 2))
+    for wrong in (1.5, None, (1.5, 0), "3"):
+        with pytest.raises(TypeError, match="index is"):
+            field.box(wrong)
 
 
 class Chooses(nn.Module):
@@ -263,6 +267,42 @@ class Stacks(nn.Module):
         return torch.cat([x, x], 2)
 
 
+class Pools(nn.Module):
+    def forward(self, x):
+        return F.max_pool1d(x, 2)
+
+
+class Unpacks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = pf.nn.PrototypeLayer(2, 3)
+
+    def forward(self, x):
+        return next(iter(self.layer(x, return_all=True)))
+
+
+@pytest.mark.parametrize(
+    ("encoder", "grid"),
+    [
+        (nn.Conv1d(1, 2, 3), (10,)),
+        (nn.Sequential(nn.ReLU(), nn.Conv2d(1, 2, 3)), (10, 10)),
+        (nn.Sequential(nn.Conv3d(1, 2, 3), nn.ReLU()), (10, 10, 10)),
+        (nn.MaxPool1d(2), (6,)),
+        (nn.ReLU(), (12, 12)),
+        ([(3, 1, 0)], (10, 10)),
+        ([(3, 1, 0), ((2, 1, 1), 1, 0)], (9, 10, 10)),
+    ],
+)
+def test_an_int_is_as_many_axes_as_the_layers_have(encoder, grid):
+    assert pf.nn.receptive_field(encoder, 12).grid == grid
+    assert pf.nn.receptive_field(encoder, np.int64(12), kernel_size=(1,)).grid == grid
+
+
+def test_repr_is_short():
+    field = pf.nn.receptive_field([(3, 2, 1)], 32)
+    assert repr(field) == "ReceptiveField(grid=(16, 16), size=(3, 3), stride=(2, 2))"
+
+
 @pytest.mark.parametrize(
     ("encoder", "size", "error", "message"),
     [
@@ -273,7 +313,23 @@ class Stacks(nn.Module):
         (Twice(), 32, ValueError, "one feature map"),
         (Chooses(), 32, ValueError, "Chooses cannot be traced"),
         (nn.Conv2d(1, 1, 9), 8, ValueError, "kernel 9"),
-        (nn.Conv3d(1, 1, 2), 8, ValueError, "has 3 axes; the image has 2"),
+        (nn.Conv3d(1, 1, 2), (8, 8), ValueError, "has 3 axes, input_size 2"),
+        (nn.Conv1d(1, 1, 3), (12, 12), ValueError, r"\(Conv1d\) has 1 axes, input_size 2"),
+        (nn.Sequential(nn.ReLU(), nn.BatchNorm2d(1)), (9,), ValueError, "has 2 axes, input_size 1"),
+        (Pools(), (9, 9), ValueError, "has 1 axes, input_size 2"),
+        ([((3, 3, 3), 1, 0)], (9, 9), ValueError, "layer 0 has 3 axes, input_size 2"),
+        ([(3, 1.5, 0)], 9, TypeError, "layer 0 has 1.5"),
+        (patronus(), None, TypeError, "input_size is None"),
+        (patronus(), 12.5, TypeError, "input_size is 12.5"),
+        (patronus(), (12, "3"), TypeError, "input_size is"),
+        (pf.nn.PrototypeLayer(2, 3), 8, ValueError, "PrototypeLayer.*; give the encoder alone"),
+        (
+            nn.Sequential(nn.Conv2d(1, 3, 3), pf.nn.PrototypeLayer(2, 3)),
+            8,
+            ValueError,
+            "module 1.*; give the encoder alone",
+        ),
+        (Unpacks(), 8, ValueError, "cannot be traced.*holds a PrototypeLayer: give the encoder alone"),
         ([(3, 1)], 32, ValueError, "layer 0"),
         ([(3, 0, 0)], 32, ValueError, "layer 0"),
         (3, 32, TypeError, "encoder is a int"),

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from helpers.errors import assert_within, exact
 from torch import nn
+from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -390,6 +391,40 @@ def test_compiles(kind):
     compiled = torch.compile(replace_prototype_layer(model), backend="eager", fullgraph=True)
     for ours, theirs in zip(compiled(x), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kind", [Net, Inline, Indices, TopK])
+def test_traces(kind, grad):
+    model = replace_prototype_layer(make(kind))
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(model, images())
+    with torch.no_grad():
+        model.prototype_vectors.mul_(1.5)  # which the trace shares: no constant stands in their place
+    x = images(2, 3, 12, 8)
+    for ours, theirs in zip(traced(x), model(x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("kind", [Net, Inline])
+def test_parametrized_prototypes(kind, when):
+    model, x = make(kind).double(), images(dtype=torch.float64)
+    if when == "before":
+        replace_prototype_layer(model)
+    parametrizations.weight_norm(model, "prototype_vectors")
+    if when == "after":
+        replace_prototype_layer(model)
+    z = model.conv_features(x)
+    wanted = (z[:, None] - model.prototype_vectors).square().sum(2).amin((2, 3))
+    parameters = list(model.parametrizations.prototype_vectors.parameters())
+    expected = torch.autograd.grad(wanted.sum(), parameters)
+    for _ in range(2):  # the second call computes nothing by its own formula
+        nearest = model(x)[1]
+        torch.testing.assert_close(nearest, wanted, rtol=1e-12, atol=1e-12)
+        for ours, theirs in zip(torch.autograd.grad(nearest.sum(), parameters), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 def test_other_modules_inside_are_seen_by_name():

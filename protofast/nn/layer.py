@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._ops.prototype import ACTIVATIONS, METRICS, PRECISIONS
-from ..prototype import PrototypeActivation, prototype_activation, prototype_map
+from ..prototype import (
+    PrototypeActivation,
+    channel_hint,
+    check_activation,
+    check_metric,
+    check_precision,
+    integer,
+    prototype_activation,
+    prototype_map,
+)
 from ..selection import k_center
 from .patches import grid_of, take
 
 INITS = ("uniform", "normal", "orthogonal")
 _KEY = "prototype_vectors"
 _ONES = "ones"
+_FROM_STATE = ("num_prototypes", "channels", "kernel_size", "init")
 
 
 class PrototypeLayer(nn.Module):
@@ -42,6 +52,8 @@ class PrototypeLayer(nn.Module):
         ``cosine`` and ``dot``; or the vectors themselves, (P, D) or (P, D, *kernel). From data: `initialize_from`.
     precision : str, default "auto"
         Arithmetic of the search, as in `protofast.prototype_activation`.
+    device, dtype : optional
+        Of the parameter; by default those of `init`, or torch's.
 
     Raises
     ------
@@ -78,34 +90,27 @@ class PrototypeLayer(nn.Module):
         topk: int = 1,
         init: str | Tensor = "uniform",
         precision: str = "auto",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _positive("num_prototypes", num_prototypes)
-        _positive("channels", channels)
-        _positive("topk", topk)
-        kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
-        if not kernel:
-            raise ValueError("kernel_size is empty; give one size an axis")
-        for width in kernel:
-            _positive("kernel_size", width)
-        if metric not in METRICS:
-            raise ValueError(f"metric is {metric!r}; choose one of {', '.join(map(repr, METRICS))}")
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation is {activation!r}; choose one of {', '.join(map(repr, ACTIVATIONS[1:]))}, or None"
-            )
-        if not 0 < eps < math.inf:
-            raise ValueError(f"eps is {eps}; give a number above 0, such as 1e-4")
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision is {precision!r}; choose one of {', '.join(map(repr, PRECISIONS))}")
-        self.metric, self.activation, self.eps, self.topk, self.precision = metric, activation, eps, topk, precision
+        num_prototypes, channels = _positive("num_prototypes", num_prototypes), _positive("channels", channels)
+        kernel = _kernel_size(kernel_size)
+        check_metric(metric)
+        check_activation(activation, eps)
+        check_precision(precision)
+        self.metric, self.activation, self.eps, self.precision = metric, activation, eps, precision
+        self.topk = _positive("topk", topk)
         shape = (num_prototypes, channels, *kernel)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype is {dtype!r}; give a floating-point one, such as torch.float32")
         if isinstance(init, Tensor):
             if not init.is_floating_point():
                 raise TypeError(f"init is {init.dtype}; give floating-point vectors")
-            self.prototype_vectors = nn.Parameter(_fitted("init", init, shape).detach().clone())
+            vectors = _finite("init", _fitted("init", init.detach(), shape))
+            self.prototype_vectors = nn.Parameter(vectors.to(device=device, dtype=dtype, copy=True))
         else:
-            self.prototype_vectors = nn.Parameter(torch.empty(shape))
+            self.prototype_vectors = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
             self.reset_parameters(init)
 
     @property
@@ -174,7 +179,10 @@ class PrototypeLayer(nn.Module):
     def _kernel(self, features: Tensor) -> list[int]:
         """The kernel over the axes of these features, which are checked."""
         if features.ndim < 3 or features.shape[1] != self.channels:
-            raise ValueError(f"features has shape {tuple(features.shape)}; give (B, {self.channels}, *S)")
+            raise ValueError(
+                f"features has shape {tuple(features.shape)}; give (B, {self.channels}, *S)"
+                + channel_hint(tuple(features.shape), (self.channels,))
+            )
         axes = features.ndim - 2
         kernel = [1] * axes if math.prod(self.kernel_size) == 1 else list(self.kernel_size)
         if len(kernel) != axes or min(grid_of(features, kernel)) < 1:
@@ -195,6 +203,9 @@ class PrototypeLayer(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, init: str = "uniform") -> None:
         """Draws the vectors anew, by one of the names of `init`."""
+        if not isinstance(init, str):
+            choice = ", ".join(map(repr, INITS))
+            raise TypeError(f"init is a {type(init).__name__}; give one of {choice}, or to the class a torch tensor")
         vectors = self.prototype_vectors
         if init == "uniform":
             vectors.uniform_()
@@ -243,6 +254,8 @@ class PrototypeLayer(nn.Module):
         """
         if not isinstance(features, Tensor):
             raise TypeError(f"features is a {type(features).__name__}; give a torch tensor")
+        if not isinstance(generator, (torch.Generator, type(None))):
+            raise TypeError(f"generator is {generator!r}; give torch.Generator().manual_seed(0), or None")
         kernel = self._kernel(features)
         each = math.prod(grid_of(features, kernel))
         count = features.shape[0] * each
@@ -285,7 +298,9 @@ class PrototypeLayer(nn.Module):
         Returns
         -------
         int64 Tensor
-            The indices kept, with which to shrink what follows: ``last_layer.weight[:, kept]``.
+            The indices kept, with which to shrink what goes by prototype: ``prototype_classes[kept]``, and the columns
+            of the head, ``head.weight = nn.Parameter(head.weight.detach()[:, kept])``. That is a new parameter: make
+            the optimizer that holds the head anew.
 
         Raises
         ------
@@ -329,7 +344,8 @@ class PrototypeLayer(nn.Module):
             raise TypeError(f"vectors is a {type(vectors).__name__}; give a torch tensor")
         if vectors.ndim < 2:
             raise ValueError(f"vectors has shape {tuple(vectors.shape)}; give (n, {self.channels})")
-        new = _fitted("vectors", vectors.detach(), (vectors.shape[0], *self.prototype_vectors.shape[1:]))
+        shape = (vectors.shape[0], *self.prototype_vectors.shape[1:])
+        new = _finite("vectors", _fitted("vectors", vectors.detach(), shape))
 
         def grown(rows: Tensor, values: bool) -> Tensor:
             more = new if values else new.new_zeros(new.shape)
@@ -364,6 +380,8 @@ class PrototypeLayer(nn.Module):
         """Applies `change(rows, are they the vectors)` to the parameter, its gradient and its optimizer state."""
         parameter = self.prototype_vectors
         state = {}
+        if not isinstance(optimizer, (torch.optim.Optimizer, type(None))):
+            raise TypeError(f"optimizer is a {type(optimizer).__name__}; give a torch.optim.Optimizer, or None")
         if optimizer is not None:
             if not any(parameter is p for group in optimizer.param_groups for p in group["params"]):
                 raise ValueError("optimizer does not hold this layer's prototype_vectors; give the one that does")
@@ -398,7 +416,12 @@ class PrototypeLayer(nn.Module):
         state : mapping of str to Tensor
             With one key that ends in ``prototype_vectors``, of shape (P, D, *kernel).
         **options
-            As for the class: metric, activation, eps, topk, precision.
+            As for the class: metric, activation, eps, topk, precision, device, dtype.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument that does not fit.
 
         Examples
         --------
@@ -407,15 +430,45 @@ class PrototypeLayer(nn.Module):
         >>> pf.nn.PrototypeLayer.from_state_dict(state).num_prototypes
         30
         """
-        keys = [key for key in state if key == _KEY or key.endswith("." + _KEY)]
+        if not isinstance(state, Mapping):
+            instead = "a mapping of names to tensors, as model.state_dict() is"
+            if isinstance(state, nn.Module):
+                instead = "its state_dict()"
+            elif isinstance(state, (str, os.PathLike)):
+                instead = "what torch.load makes of the file"
+            raise TypeError(f"state is a {type(state).__name__}; give {instead}")
+        keys = [key for key in state if _is_key(key)]
+        for key, value in state.items() if not keys else ():
+            if isinstance(value, nn.Module) or (isinstance(value, Mapping) and any(_is_key(name) for name in value)):
+                raise ValueError(
+                    f"state has {_KEY!r} a level down; give state[{key!r}]"
+                    + (".state_dict()" if isinstance(value, nn.Module) else "")
+                )
         if len(keys) != 1:
             raise ValueError(f"state has {len(keys)} keys that end in {_KEY!r} ({', '.join(keys)}); give one with one")
         vectors = state[keys[0]]
+        if not isinstance(vectors, Tensor) or not vectors.is_floating_point():
+            kind = vectors.dtype if isinstance(vectors, Tensor) else type(vectors).__name__
+            raise TypeError(f"state has {kind} as {keys[0]!r}; give a floating-point tensor (P, D, *kernel)")
+        if vectors.ndim < 2 or 0 in vectors.shape:
+            raise ValueError(f"state has shape {tuple(vectors.shape)} as {keys[0]!r}; give (P, D) or (P, D, *kernel)")
+        _finite(f"state as {keys[0]!r}", vectors)
+        ones = keys[0].removesuffix(_KEY) + _ONES
+        if ones in state and not _all_ones(state[ones]):
+            raise ValueError(
+                f"state has other values than 1 as {ones!r}; they weigh the channels, which this layer cannot"
+            )
+        if taken := [name for name in _FROM_STATE if name in options]:
+            raise TypeError(f"{taken[0]} comes from the state; leave it out")
         kernel = vectors.shape[2:] or (1, 1)
         return cls(vectors.shape[0], vectors.shape[1], kernel, init=vectors, **options)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        state_dict.pop(prefix + _ONES, None)  # ProtoPNet's and Patronus' constant; torch gives us a copy of the dict
+        # ProtoPNet's and Patronus' constant; torch gives us a copy of the dict
+        if not _all_ones(state_dict.pop(prefix + _ONES, None)):
+            rest[-1].append(
+                f"{prefix + _ONES} has other values than 1: they weigh the channels, which this layer cannot"
+            )
         vectors = state_dict.get(prefix + _KEY)
         if (
             isinstance(vectors, Tensor)
@@ -427,11 +480,34 @@ class PrototypeLayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-def _positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is {value!r}; give an integer")
+def _positive(name: str, value: Any) -> int:
+    value = integer(name, value)
     if value < 1:
         raise ValueError(f"{name} is {value}; give 1 or more")
+    return value
+
+
+def _kernel_size(value: Any) -> tuple[int, ...]:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if not value:
+            raise ValueError("kernel_size is empty; give one size an axis")
+        return tuple(_positive("kernel_size", width) for width in value)
+    return (_positive("kernel_size", value),) * 2
+
+
+def _is_key(key: Any) -> bool:
+    return isinstance(key, str) and (key == _KEY or key.endswith("." + _KEY))
+
+
+def _all_ones(value: Any) -> bool:
+    return not isinstance(value, Tensor) or value.is_meta or bool((value == 1).all())
+
+
+def _finite(name: str, vectors: Tensor) -> Tensor:
+    if not vectors.is_meta and not bool(vectors.isfinite().all()):
+        broken = int((~vectors.isfinite()).flatten(1).any(1).nonzero()[0])
+        raise ValueError(f"{name} has values in prototype {broken} that are not finite")
+    return vectors
 
 
 def _fitted(name: str, vectors: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ def cluster_loss(distance: Tensor, labels: Tensor | None = None, prototype_class
     distance : Tensor of shape (B, P), or (B, P, m) nearest first
         From the layer with ``return_all=True``.
     labels : integer Tensor of shape (B,), optional
-        Without, the nearest of all prototypes counts.
+        −1 for none. Without, the nearest of all prototypes counts.
     prototype_classes : integer Tensor of shape (P,), or bool of shape (P, C)
         The class of each prototype, −1 for none. Goes with `labels`.
 
@@ -56,7 +57,8 @@ def separation_loss(distance: Tensor, labels: Tensor, prototype_classes: Tensor,
     Parameters
     ----------
     distance, labels, prototype_classes
-        As for `cluster_loss`. A prototype of class −1 is of another class than every sample.
+        As for `cluster_loss`. A prototype of class −1 is of another class than every sample, and all are
+        of another than a sample labelled −1.
     average : bool, default False
         The mean over the prototypes of other classes in place of the nearest, as ProtoPNet's code reports.
 
@@ -119,6 +121,8 @@ def distinct_loss(prototypes: Tensor, *, margin: float = 0.2, metric: str = "cos
     tensor(0.2000)
     """
     rows = _rows(prototypes)
+    if isinstance(margin, bool) or not isinstance(margin, numbers.Real):
+        raise TypeError(f"margin is {margin!r}; give a number above 0, such as 0.2")
     if not 0 < margin < math.inf:
         raise ValueError(f"margin is {margin}; give a number above 0, such as 0.2")
     if metric not in ("cosine", "euclidean"):
@@ -185,6 +189,8 @@ def _nearest(distance: Tensor) -> Tensor:
     if not isinstance(distance, Tensor) or not distance.is_floating_point():
         kind = distance.dtype if isinstance(distance, Tensor) else type(distance).__name__
         raise TypeError(f"distance is a {kind}; give the layer's distances, a floating-point tensor")
+    if distance.ndim in (2, 3) and len(distance) == 0:
+        raise ValueError(f"distance has shape {tuple(distance.shape)}, an empty batch; give at least one sample")
     if distance.ndim not in (2, 3) or 0 in distance.shape:
         raise ValueError(f"distance has shape {tuple(distance.shape)}; give (B, P) or (B, P, m)")
     return distance if distance.ndim == 2 else distance[..., 0]

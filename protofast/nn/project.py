@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -17,13 +18,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import (
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
-from .._files import replacing
+from .._files import digest, replacing
 from .._progress import bars
-from ..diffusion.journal import digest
 from ..prototype import prototype_distance
 from .classes import class_members
-from .layer import PrototypeLayer
+from .layer import PrototypeLayer, _positive
 from .patches import grid_of, positions, take
 
 _FORMAT = "protofast-projection-1"
@@ -85,6 +92,8 @@ class Projection:
     @torch.no_grad()
     def push_to(self, layer: PrototypeLayer) -> None:
         """Makes each prototype its nearest patch (Chen et al. 2019, eq. 2). One without a patch stays as it is."""
+        if not isinstance(layer, PrototypeLayer):
+            raise TypeError(f"layer is a {type(layer).__name__}; give a pf.nn.PrototypeLayer")
         vectors = layer.prototype_vectors
         if len(self.feature) != len(vectors) or self.feature[0, 0].numel() != vectors[0].numel():
             raise ValueError(
@@ -102,7 +111,7 @@ class Projection:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Projection:
         """Reads what `save` wrote."""
-        arrays, about = _read(path)
+        arrays, about = _read("path", path)
         names = [field.name for field in fields(cls)]
         if about.get("format") != _FORMAT or not set(names) <= set(arrays):
             raise ValueError(f"{path} holds no projection; give a file that Projection.save wrote")
@@ -141,10 +150,13 @@ def project(
     ----------
     layer : PrototypeLayer
     encoder : callable
-        images (B, ...) → features (B, D, *S). A module is put into eval mode for the time, with no gradients.
-    loader : iterable
+        images (B, ...) → features (B, D, *S), with no gradients. It gets the images on the layer's device and must be
+        there too. A module, or the one whose method this is (``model.conv_features``), is put into eval mode for the
+        time; for any other function or closure the caller must do so.
+    loader : iterable, such as a DataLoader
         Batches: images, or (images, labels), or (images, labels, ids) with int64 ids that no two images share (labels
-        may be None). Without ids images are numbered as they come, so do not shuffle, and do not augment.
+        may be None). Without ids images are numbered as they come, so do not shuffle (a shuffling DataLoader is warned
+        of), and do not augment.
     prototype_classes : integer Tensor of shape (P,), or bool of shape (P, C), optional
         The class of each prototype, −1 for none: then only patches of images with that label count, and only those
         are compared. The loader must give labels.
@@ -158,9 +170,11 @@ def project(
         ``Projection.push_to`` does it later.
     checkpoint : path, optional
         A file (.npz) that keeps the progress; a call that finds it goes on from there, to the same bits. It is deleted
-        at the end. The batches before it are read again but not encoded, and checked to be the same ones.
+        at the end. The batches before it are read again but not encoded. Other batches (images, labels or ids), layer,
+        classes or encoder are refused: of a module its classes, what it prints and its state count, of a function its
+        name alone.
     checkpoint_every : int, default 20
-        Batches from one writing to the next.
+        Batches from one writing to the next. Ctrl-C and errors write it once more.
     progress : bool, default True
         A bar on stderr, where rich is installed.
 
@@ -189,11 +203,11 @@ def project(
         raise TypeError(f"layer is a {type(layer).__name__}; give a pf.nn.PrototypeLayer")
     if not callable(encoder):
         raise TypeError(f"encoder is a {type(encoder).__name__}; give a module or function")
-    for name, value in (("best", best), ("per_image", per_image), ("checkpoint_every", checkpoint_every)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} is {value!r}; give an integer")
-        if value < 1:
-            raise ValueError(f"{name} is {value}; give 1 or more")
+    _check_loader(loader)
+    best, per_image = _positive("best", best), _positive("per_image", per_image)
+    checkpoint_every = _positive("checkpoint_every", checkpoint_every)
+    if checkpoint is not None and not isinstance(checkpoint, (str, os.PathLike)):
+        raise TypeError(f"checkpoint is a {type(checkpoint).__name__}; give a path")
     vectors = layer.prototype_vectors.detach()
     if not vectors.isfinite().all():
         broken = int((~vectors.isfinite()).flatten(1).any(1).nonzero()[0])
@@ -205,6 +219,7 @@ def project(
     keeper = None
     if checkpoint is not None:
         settings = {
+            "kernel_size": list(layer.kernel_size),
             "prototypes": digest(vectors),
             "metric": layer.metric,
             "prototype_classes": "none" if members is None else digest(members),
@@ -213,18 +228,27 @@ def project(
             "encoder": _identity(encoder),
         }
         keeper = _Checkpoint(checkpoint, settings, state)
-    total = len(loader) if hasattr(loader, "__len__") else None  # type: ignore[arg-type]
     first = 0
-    with _evaluating(encoder), bars(progress) as start:
-        advance = start("projecting", total, 0)
+    with _evaluating(_module(encoder)), _kept(keeper), bars(progress) as start:
+        advance = start("projecting", _length(loader), 0)
         for number, batch in enumerate(loader):
             images, labels, ids = _parts(batch, first, members is not None)
+            if ids is None:
+                if number == 0 and _shuffles(loader):
+                    warnings.warn(
+                        "loader shuffles and gives no ids, so image numbers are those of the shuffled order; give one "
+                        "with shuffle=False, or ids as the third entry of a batch",
+                        stacklevel=3,  # past no_grad
+                    )
+                ids = torch.arange(first, first + len(images))
             first += len(images)
-            if keeper is None or not keeper.has(number, images, ids):
+            if keeper is None or not keeper.has(number, images, labels, ids):
                 features = encoder(images.to(vectors.device, non_blocking=True))
                 state.add(_checked(features, images, ids, layer), labels, ids)
-                if keeper is not None and (number + 1) % checkpoint_every == 0:
-                    keeper.write(number + 1)
+                if keeper is not None:
+                    keeper.reached(number + 1)
+                    if (number + 1) % checkpoint_every == 0:
+                        keeper.write()
             advance(1)
     if first == 0:
         raise ValueError("loader gave no batch; give one that has images")
@@ -237,7 +261,7 @@ def project(
             warnings.warn(
                 f"{len(missing)} prototypes have no patch of their class in the loader and stay as they are: "
                 f"{', '.join(map(str, missing[:10]))}{' …' if len(missing) > 10 else ''}",
-                stacklevel=2,
+                stacklevel=3,  # past no_grad
             )
         projection.push_to(layer)
     return projection
@@ -273,23 +297,32 @@ class _Nearest:
         if len(ids.unique()) != len(ids) or bool(torch.isin(ids, self.arrays["image"]).any()):
             raise ValueError("loader gave an image id twice; ids must differ from image to image")
         if self.members is None:
-            self._merge(features, ids, None, kernel)
+            self.arrays = self._merge(self.arrays, features, ids, None, kernel)
             return
         assert labels is not None
+        arrays = {name: value.clone() for name, value in self.arrays.items()}  # an interrupt leaves the old ones whole
         for label in labels.unique().tolist():  # each class on its own: the others are never compared
+            if label < -1:
+                raise ValueError(f"loader gave label {label}; give classes from 0 on, or −1 for none")
+            if label < 0:
+                continue
             if self.members.ndim == 1:
                 mine = self.members == label
-            elif 0 <= label < self.members.shape[1]:
+            elif label < self.members.shape[1]:
                 mine = self.members[:, label]
             else:
                 raise ValueError(f"loader gave label {label}; prototype_classes has {self.members.shape[1]} classes")
             rows = mine.nonzero()[:, 0]
-            if len(rows) and label >= 0:
+            if len(rows):
                 at = (labels == label).nonzero()[:, 0].to(features.device)
-                self._merge(features[at], ids[at], rows, kernel)
+                for name, value in self._merge(arrays, features[at], ids[at], rows, kernel).items():
+                    arrays[name][rows] = value
+        self.arrays = arrays
 
-    def _merge(self, features: Tensor, ids: Tensor, rows: Tensor | None, kernel: list[int]) -> None:
-        """Takes in the patches of these samples for the prototypes `rows` (all for None)."""
+    def _merge(
+        self, arrays: dict[str, Tensor], features: Tensor, ids: Tensor, rows: Tensor | None, kernel: list[int]
+    ) -> dict[str, Tensor]:
+        """The best of the arrays' and these samples' patches, for the prototypes `rows` (all for None)."""
         prototypes = self.layer._prototypes()
         grid = grid_of(features, kernel)
         topk = min(self.per_image, math.prod(grid))
@@ -304,7 +337,7 @@ class _Nearest:
         distance = distance.reshape(len(features), -1, topk).transpose(0, 1).flatten(1)
         patch = patch.reshape(len(features), -1, topk).transpose(0, 1).flatten(1)
         image = ids.repeat_interleave(topk).expand_as(patch)
-        old = {name: value if rows is None else value[rows] for name, value in self.arrays.items()}
+        old = {name: value if rows is None else value[rows] for name, value in arrays.items()}
         keys = [
             torch.cat([old[name], more.to(old[name].dtype)], 1)
             for name, more in (("distance", distance), ("image", image), ("patch", patch))
@@ -327,11 +360,7 @@ class _Nearest:
             where = new["patch"][row, column]
             new["position"][row, column] = positions(where, grid)
             new["feature"][row, column] = take(features, sample, where, kernel).to(new["feature"].dtype)
-        if rows is None:
-            self.arrays = new
-        else:
-            for name, value in new.items():
-                self.arrays[name][rows] = value
+        return new
 
     def result(self) -> Projection:
         return Projection(**{name: value.cpu() for name, value in self.arrays.items()})
@@ -344,9 +373,12 @@ class _Checkpoint:
         self._path, self._settings, self._state = Path(path), settings, state
         self._chain = ""
         self._done, self._expected = 0, ""
+        self._written, self._reached = 0, (0, "", state.arrays)
+        if self._path.is_dir():
+            raise ValueError(f"checkpoint {path} is a folder; give a file, such as {self._path / 'push.npz'}")
         if not self._path.exists():
             return
-        arrays, about = _read(self._path)
+        arrays, about = _read("checkpoint", self._path)
         if about.get("format") != _FORMAT + "-checkpoint":
             raise ValueError(f"checkpoint {path} holds no progress of a projection; give another file")
         for name, value in settings.items():
@@ -355,11 +387,11 @@ class _Checkpoint:
         self._done, self._expected = about["batches"], about["chain"]
         device = state.layer.prototype_vectors.device
         state.arrays = {name: value.to(device) for name, value in arrays.items()}
+        self._written, self._reached = self._done, (self._done, self._expected, state.arrays)
 
-    def has(self, number: int, images: Tensor, ids: Tensor) -> bool:
+    def has(self, number: int, images: Tensor, labels: Tensor | None, ids: Tensor) -> bool:
         """Whether this batch is in the file; notes what came in."""
-        # One image stands for its batch: enough to tell another order, at no cost.
-        seen = f"{self._chain} {len(images)} {digest(images[:1])} {digest(ids)}"
+        seen = " ".join([self._chain, *map(digest, (images, labels, ids))])
         self._chain = hashlib.blake2b(seen.encode(), digest_size=16).hexdigest()
         if number + 1 == self._done and self._chain != self._expected:
             raise ValueError(
@@ -368,14 +400,22 @@ class _Checkpoint:
             )
         return number < self._done
 
-    def write(self, batches: int) -> None:
+    def reached(self, batches: int) -> None:
+        """Notes that this many batches are in; one assignment, so that no interrupt leaves half of it."""
+        self._reached = (batches, self._chain, self._state.arrays)
+
+    def write(self) -> None:
+        batches, chain, arrays = self._reached
+        if batches <= self._written:
+            return
         about = {
             "format": _FORMAT + "-checkpoint",
             "settings": self._settings,
             "batches": batches,
-            "chain": self._chain,
+            "chain": chain,
         }
-        _write(self._path, self._state.arrays, about, durable=True)
+        _write(self._path, arrays, about, durable=True)
+        self._written = batches
 
     def finish(self, batches: int) -> None:
         if batches < self._done:
@@ -397,18 +437,18 @@ def _write(
         )
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(what: str, path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with np.load(path, allow_pickle=False) as file:
             about = json.loads(str(file["about"])) if "about" in file else {}
             return {name: torch.from_numpy(file[name]) for name in file.files if name != "about"}, about
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         raise
-    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is damaged, or no .npz file ({error})") from None
+    except (ValueError, TypeError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{what} {path} is damaged, or no .npz file of protofast's; give another") from error
 
 
-def _parts(batch: Any, first: int, needs_labels: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+def _parts(batch: Any, first: int, needs_labels: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Images, labels and ids of one batch."""
     parts = list(batch) if isinstance(batch, (tuple, list)) else [batch]
     if not 1 <= len(parts) <= 3 or not isinstance(parts[0], Tensor):
@@ -429,9 +469,7 @@ def _parts(batch: Any, first: int, needs_labels: bool) -> tuple[Tensor, Tensor |
         labels = torch.as_tensor(labels)
     elif needs_labels:
         raise ValueError("loader gave no labels; prototype_classes needs batches (images, labels)")
-    if ids is None:
-        ids = torch.arange(first, first + len(images))
-    else:
+    if ids is not None:
         ids = torch.as_tensor(ids).to(torch.int64)
         if len(ids) and int(ids.min()) < 0:
             raise ValueError(f"loader gave image id {int(ids.min())}; give ids from 0 on")
@@ -452,21 +490,69 @@ def _checked(features: Any, images: Tensor, ids: Tensor, layer: PrototypeLayer) 
     return features
 
 
+def _check_loader(loader: Any) -> None:
+    kind = type(loader).__name__
+    if isinstance(loader, Tensor):
+        raise TypeError("loader is a Tensor; wrap it in a DataLoader, or give batches, as images.split(64)")
+    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):  # which may give batches
+        raise TypeError(f"loader is a Dataset ({kind}); wrap it in a DataLoader")
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+        raise TypeError(f"loader is a {kind}; give a DataLoader, or another iterable of batches")
+
+
+def _shuffles(loader: Any) -> bool:
+    samplers = (getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))
+    return any(isinstance(s, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)) for s in samplers)
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:  # of a DataLoader over an IterableDataset too, which has a __len__
+        return None
+
+
 def _identity(encoder: Any) -> str:
-    """What an encoder computes, as far as its type and weights say."""
-    if not isinstance(encoder, nn.Module):
-        return type(encoder).__name__
-    seen = [type(encoder).__name__, *(f"{name} {digest(value)}" for name, value in encoder.state_dict().items())]
-    return hashlib.blake2b("\n".join(seen).encode(), digest_size=16).hexdigest()
+    """What an encoder computes, as far as names, printed settings and state say."""
+    if isinstance(encoder, nn.Module):
+        seen = [_name(type(module)) for module in encoder.modules()]
+        seen.append(re.sub(r" at 0x[0-9a-fA-F]+", "", repr(encoder)))  # the same in another process
+        state = encoder.state_dict() | dict(encoder.named_buffers())  # with those that are not saved
+        seen += [f"{name} {digest(value)}" for name, value in state.items()]
+        return hashlib.blake2b("\n".join(seen).encode(), digest_size=16).hexdigest()
+    owner = _module(encoder)
+    name = _name(encoder if hasattr(encoder, "__qualname__") else type(encoder))
+    return name if owner is None else f"{name} of {_identity(owner)}"
+
+
+def _module(encoder: Any) -> nn.Module | None:
+    """The encoder, or the module whose method it is."""
+    module = encoder if isinstance(encoder, nn.Module) else getattr(encoder, "__self__", None)
+    return module if isinstance(module, nn.Module) else None
+
+
+def _name(thing: Any) -> str:
+    return f"{thing.__module__}.{thing.__qualname__}"
 
 
 @contextmanager
-def _evaluating(encoder: Any) -> Iterator[None]:
-    """Eval mode for a module and all in it; each gets back the mode it had."""
-    modes = [(m, m.training) for m in encoder.modules()] if isinstance(encoder, nn.Module) else []
+def _kept(keeper: _Checkpoint | None) -> Iterator[None]:
+    """Writes the progress once more where the block is broken off."""
     try:
-        if modes:
-            encoder.eval()
+        yield
+    except BaseException:
+        if keeper is not None:
+            keeper.write()
+        raise
+
+
+@contextmanager
+def _evaluating(module: nn.Module | None) -> Iterator[None]:
+    """Eval mode for a module and all in it; each gets back the mode it had."""
+    modes = [] if module is None else [(m, m.training) for m in module.modules()]
+    try:
+        if module is not None:
+            module.eval()
         yield
     finally:
         for module, mode in modes:

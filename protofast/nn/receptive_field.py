@@ -12,10 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from .layer import PrototypeLayer
+
 _CURE = "give the layers as a list of (kernel, stride, padding[, dilation])"
+_ALONE = "give the encoder alone, and the prototypes' window as kernel_size=layer.kernel_size"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ReceptiveField:
     """Pixel boxes of the patches of a feature map.
 
@@ -41,11 +44,15 @@ class ReceptiveField:
 
     def box(self, index: int | Sequence[int]) -> tuple[int, ...]:
         """Box of a patch, by its flat index or its position on the grid."""
-        place = (
-            tuple(operator.index(i) for i in index) if isinstance(index, (Sequence, Tensor)) and _many(index) else None
-        )
+        place = None
+        try:
+            if isinstance(index, (Sequence, np.ndarray, Tensor)) and _many(index):
+                place = tuple(operator.index(i) for i in index)
+            else:
+                flat = operator.index(index)  # type: ignore[arg-type]
+        except TypeError as error:
+            raise TypeError(f"index is {index!r}; give a flat index, or a position on the grid") from error
         if place is None:
-            flat = operator.index(index)  # type: ignore[arg-type]
             inside = 0 <= flat < len(self.boxes)
         else:
             inside = len(place) == len(self.grid) and all(0 <= i < n for i, n in zip(place, self.grid, strict=True))
@@ -53,6 +60,9 @@ class ReceptiveField:
         if not inside:
             raise IndexError(f"index is {index}; the grid of patches is {self.grid}, {len(self.boxes)} in all")
         return tuple(self.boxes[flat].tolist())
+
+    def __repr__(self) -> str:
+        return f"ReceptiveField(grid={self.grid}, size={self.size}, stride={self.stride})"
 
 
 def receptive_field(
@@ -74,7 +84,8 @@ def receptive_field(
         with branches that are added, multiplied or concatenated (residual nets). It counts as in eval mode. Or
         (kernel, stride, padding[, dilation]) of each layer in order, each an int or one an axis.
     input_size : int or sequence of int
-        Pixels of the image along each spatial axis; an int is a square image.
+        Pixels of the image along each spatial axis; an int stands for as many axes as the encoder's layers have, and
+        for two where they do not say.
     kernel_size : int or sequence of int, default 1
         Of the prototypes, ``layer.kernel_size``: then a patch is a window on the features.
 
@@ -99,21 +110,58 @@ def receptive_field(
     >>> pf.nn.receptive_field([(3, 2, 1), (3, 1, 0)], 32).size
     (7, 7)
     """
-    sizes = (input_size, input_size) if isinstance(input_size, int) else tuple(map(operator.index, input_size))
-    if not sizes or min(sizes) < 1:
-        raise ValueError(f"input_size is {input_size}; give pixels along each spatial axis, such as (224, 224)")
-    field = _Field([_Axis.image(size) for size in sizes])
-    if isinstance(encoder, nn.Module):
-        field = _follow(encoder, field)
-    elif isinstance(encoder, Tensor) or not isinstance(encoder, Iterable):
+    if isinstance(encoder, Tensor) or not isinstance(encoder, (nn.Module, Iterable)):
         raise TypeError(f"encoder is a {type(encoder).__name__}; give a module, or {_CURE.removeprefix('give ')}")
+    layers = encoder if isinstance(encoder, nn.Module) else _specs(encoder)
+    sizes = _sizes(input_size, layers, kernel_size)
+    field = _Field([_Axis.image(size) for size in sizes])
+    if isinstance(layers, nn.Module):
+        field = _follow(layers, field)
     else:
-        for number, spec in enumerate(encoder):
-            if not isinstance(spec, Sequence) or len(spec) not in (3, 4):
-                raise ValueError(f"encoder has {spec!r} as layer {number}; give (kernel, stride, padding[, dilation])")
+        for number, spec in enumerate(layers):
             field = field.window(*spec, name=f"layer {number}")
     field = field.window(kernel_size, name="kernel_size")
     return field.result(sizes)
+
+
+def _specs(encoder: Iterable[Sequence[Any]]) -> list[Sequence[Any]]:
+    specs = list(encoder)
+    for number, spec in enumerate(specs):
+        if not isinstance(spec, Sequence) or len(spec) not in (3, 4):
+            raise ValueError(f"encoder has {spec!r} as layer {number}; give (kernel, stride, padding[, dilation])")
+    return specs
+
+
+def _sizes(value: Any, layers: nn.Module | list[Sequence[Any]], kernel_size: Any) -> tuple[int, ...]:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        if isinstance(value, Iterable) and _many(value):
+            sizes = tuple(map(operator.index, value))
+        else:
+            sizes = (operator.index(value),) * _count_axes(layers, kernel_size)
+    except TypeError as error:
+        raise TypeError(f"input_size is {value!r}; give pixels as an int, or one an axis such as (224, 224)") from error
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"input_size is {value}; give pixels along each spatial axis, such as (224, 224)")
+    return sizes
+
+
+def _count_axes(layers: nn.Module | list[Sequence[Any]], kernel_size: Any) -> int:
+    """As the layers say, else the prototypes' window, else 2."""
+    if isinstance(layers, nn.Module):
+        found = next((axes for axes in map(_axes_of, layers.modules()) if axes), 0)
+    else:
+        found = max(
+            (len(v) for spec in layers for v in spec if isinstance(v, Sequence) and not isinstance(v, str)), default=0
+        )
+    if not found and isinstance(kernel_size, Sequence) and len(kernel_size) > 1:  # one number goes for every axis
+        found = len(kernel_size)
+    return found or 2
+
+
+def _axes_of(module: nn.Module) -> int | None:
+    return next((axes for axes, types in _BY_AXES.items() if isinstance(module, types)), None)
 
 
 class _Axis:
@@ -214,14 +262,14 @@ class _Field:
         """Padding modules list (before, after) from the last axis on."""
         count = len(self.axes)
         if len(padding) != 2 * count:
-            raise ValueError(f"{name} pads {len(padding) // 2} axes; the image has {count}")
+            raise ValueError(_other_axes(name, len(padding) // 2, count))
         pads = [(padding[2 * (count - 1 - i)], padding[2 * (count - 1 - i) + 1]) for i in range(count)]
         return _Field([axis.window(1, 1, *p, 1, False, mode, name) for axis, p in zip(self.axes, pads, strict=True)])
 
     def adaptive(self, output: Any, name: str) -> _Field:
         counts = output if isinstance(output, Sequence) else [output] * len(self.axes)
         if len(counts) != len(self.axes):
-            raise ValueError(f"{name} has {len(counts)} axes; the image has {len(self.axes)}")
+            raise ValueError(_other_axes(name, len(counts), len(self.axes)))
         return _Field([a.adaptive(len(a) if n is None else n) for a, n in zip(self.axes, counts, strict=True)])
 
     def all(self) -> _Field:
@@ -250,13 +298,20 @@ def _many(index: Any) -> bool:
     return not isinstance(index, Tensor) or index.ndim > 0
 
 
+def _other_axes(name: str, axes: int, count: int) -> str:
+    return f"{name} has {axes} axes, input_size {count}; give as many sizes as the layers have axes"
+
+
 def _each(value: Any, count: int, name: str) -> list[int]:
     values = list(value) if isinstance(value, Sequence) else [value] * count
     if len(values) == 1:
         values *= count
     if len(values) != count:
-        raise ValueError(f"{name} has {len(values)} axes; the image has {count}")
-    return [operator.index(v) for v in values]
+        raise ValueError(_other_axes(name, len(values), count))
+    try:
+        return [operator.index(v) for v in values]
+    except TypeError as error:
+        raise TypeError(f"{name} has {value!r}; give an int, or one an axis") from error
 
 
 def _padded(taps: np.ndarray, count: int, mode: str) -> np.ndarray:
@@ -279,6 +334,9 @@ _POINTWISE_MODULES = (
     nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.LogSigmoid, nn.Softmax2d,
 )  # fmt: skip
 _GROUP_NORMS = (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_NORMS = (
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
+)  # fmt: skip
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 _LP_POOLS = (nn.LPPool1d, nn.LPPool2d, nn.LPPool3d)
@@ -301,29 +359,41 @@ _POINTWISE_NAMES = frozenset((
     "concat", "concatenate",
 ))  # fmt: skip
 _POOL_ARGUMENTS = {
-    F.max_pool1d: "max", F.max_pool2d: "max", F.max_pool3d: "max", F.avg_pool1d: "avg", F.avg_pool2d: "avg",
-    F.avg_pool3d: "avg", torch.max_pool1d: "max", torch.max_pool2d: "max", torch.max_pool3d: "max",
+    F.max_pool1d: ("max", 1), F.max_pool2d: ("max", 2), F.max_pool3d: ("max", 3), F.avg_pool1d: ("avg", 1),
+    F.avg_pool2d: ("avg", 2), F.avg_pool3d: ("avg", 3), torch.max_pool1d: ("max", 1), torch.max_pool2d: ("max", 2),
+    torch.max_pool3d: ("max", 3),
 }  # fmt: skip
 _ADAPTIVE_FUNCTIONS = (
     F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
     F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d,
 )  # fmt: skip
+_BY_AXES: dict[int, tuple[type[nn.Module], ...]] = {
+    axes: tuple(
+        types[place]
+        for types in (_CONVOLUTIONS, _POOLS, _LP_POOLS, _ADAPTIVE, *_PADS.values(), _NORMS)
+        for place in range(axes - 1, len(types), 3)
+    )
+    for axes in (1, 2, 3)
+}
 
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Also layers derived from torch's, such as convolutions that standardise their weight."""
-        known = (*_CONVOLUTIONS, *_POOLS, *_POINTWISE_MODULES, *_GROUP_NORMS)
+        known = (*_CONVOLUTIONS, *_POOLS, *_POINTWISE_MODULES, *_GROUP_NORMS, PrototypeLayer)
         return isinstance(m, known) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _follow(encoder: nn.Module, field: _Field) -> _Field:
-    if type(encoder).__module__.startswith("torch.nn.modules") and not isinstance(encoder, nn.Sequential):
+    lone = type(encoder).__module__.startswith("torch.nn.modules") and not isinstance(encoder, nn.Sequential)
+    if lone or isinstance(encoder, PrototypeLayer):
         return _through_module(encoder, field, "encoder")  # a lone layer, which fx would look into
     try:
         graph = _Tracer().trace(encoder)
     except Exception as error:
-        raise ValueError(f"encoder {type(encoder).__name__} cannot be traced ({error}); {_CURE}") from error
+        held = any(isinstance(module, PrototypeLayer) for module in encoder.modules())
+        cure = f"it holds a PrototypeLayer: {_ALONE}" if held else _CURE
+        raise ValueError(f"encoder {type(encoder).__name__} cannot be traced ({error}); {cure}") from error
     values: dict[fx.Node, _Field | None] = {}
     for node in graph.nodes:
         known = [values[n] for n in node.all_input_nodes]
@@ -345,6 +415,11 @@ def _follow(encoder: nn.Module, field: _Field) -> _Field:
 
 def _through_module(module: nn.Module, field: _Field, name: str) -> _Field:
     name = f"{name} ({type(module).__name__})"
+    if isinstance(module, PrototypeLayer):
+        raise ValueError(f"encoder has {name}; {_ALONE}")
+    axes = _axes_of(module)
+    if axes not in (None, len(field.axes)):
+        raise ValueError(_other_axes(name, axes, len(field.axes)))
     if isinstance(module, _CONVOLUTIONS):
         return field.window(
             module.kernel_size, module.stride, module.padding, module.dilation, mode=module.padding_mode, name=name
@@ -382,8 +457,11 @@ def _through_call(node: fx.Node, inputs: list[_Field]) -> _Field | None:
     if name in ("size", "dim", "getattr"):
         return None
     if target in _POOL_ARGUMENTS:
+        kind, axes = _POOL_ARGUMENTS[target]
+        if axes != len(inputs[0].axes):
+            raise ValueError(_other_axes(name, axes, len(inputs[0].axes)))
         order = ["input", "kernel_size", "stride", "padding"]
-        order += ["dilation", "ceil_mode"] if _POOL_ARGUMENTS[target] == "max" else ["ceil_mode"]
+        order += ["dilation", "ceil_mode"] if kind == "max" else ["ceil_mode"]
         given = {**dict(zip(order, node.args, strict=False)), **node.kwargs}
         stride = given.get("stride") or given["kernel_size"]
         return inputs[0].window(
@@ -395,6 +473,9 @@ def _through_call(node: fx.Node, inputs: list[_Field]) -> _Field | None:
             name=name,
         )
     if target in _ADAPTIVE_FUNCTIONS:
+        axes = _ADAPTIVE_FUNCTIONS.index(target) % 3 + 1
+        if axes != len(inputs[0].axes):
+            raise ValueError(_other_axes(name, axes, len(inputs[0].axes)))
         output = node.kwargs["output_size"] if "output_size" in node.kwargs else node.args[1]
         return inputs[0].adaptive(output, name)
     spatial_cat = name in ("cat", "concat", "concatenate") and _axis_of_cat(node) != 1

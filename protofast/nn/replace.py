@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
@@ -42,8 +43,8 @@ def replace_prototype_layer(model: Model) -> Model:
     Returns
     -------
     The module itself. Distances differ by the rounding errors of the old formula; under autocast they come in float32.
-    Under ``torch.compile`` the map is made, or the old formula stays where it is in ``prototype_distances`` itself.
-    Replacing a module again changes nothing.
+    Under ``torch.compile`` and ``torch.jit.trace`` the map is made, or the old formula stays where it is in
+    ``prototype_distances`` itself. Replacing a module again changes nothing.
 
     Raises
     ------
@@ -228,8 +229,13 @@ def _map(features: Tensor, prototypes: Tensor) -> Tensor:
     return prototype_map(features, prototypes).to(torch.promote_types(features.dtype, prototypes.dtype))
 
 
+def _recording() -> bool:
+    """Whether torch takes down a graph, which what is decided here at run time has no place in."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def _distances(features: Tensor, prototypes: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or not getattr(_calls, "depth", 0):
+    if _recording() or not getattr(_calls, "depth", 0):
         return _map(features, prototypes)
     return _Distances.of(features, prototypes, False, torch.is_grad_enabled())
 
@@ -239,7 +245,7 @@ def _outermost(name: str) -> Callable[..., Any]:
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         own = getattr(super(_Replaced, self), name)
-        if torch.compiler.is_compiling():
+        if _recording():
             return own(*args, **kwargs)
         _calls.depth = getattr(_calls, "depth", 0) + 1
         try:
@@ -259,14 +265,15 @@ def _from_features(self: Any, x: Tensor) -> Tensor:
 def _from_convolutions(self: Any, *args: Any, **kwargs: Any) -> Tensor:
     """Distances of the features that the module's own method would convolve with the prototypes."""
     own = super(_Replaced, self).prototype_distances
-    if torch.compiler.is_compiling():
+    if _recording():
         return own(*args, **kwargs)
-    watch = _Convolutions(self.ones, self.prototype_vectors, stop=type(self)._verified)
-    try:
-        with watch:
-            result = own(*args, **kwargs)
-    except _FoundError:
-        return _distances(watch.features, self.prototype_vectors)
+    with parametrize.cached():  # so that a parametrized tensor is one object, however often it is read
+        watch = _Convolutions(self.ones, self.prototype_vectors, stop=type(self)._verified)
+        try:
+            with watch:
+                result = own(*args, **kwargs)
+        except _FoundError:
+            return _distances(watch.features, watch.prototypes)
     # The first time its own method went to its end.
     if watch.features is None or not watch.squares:
         raise ValueError(
