@@ -64,7 +64,9 @@ def overload(op: str, device: str, backend: str | None = None, *, grad: bool = T
             f"{op} has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad); use backward mode"
         )
     wanted = _wanted(backend)
-    found = _found.get((op, device, wanted, grad))
+    compiling = torch.compiler.is_compiling()
+    # A compiler would guard on what the table holds, and compile again once an eager call has filled it.
+    found = None if compiling else _found.get((op, device, wanted, grad))
     if found is None:
         if wanted is not None and (reason := why_not(op, device, wanted)):
             raise BackendUnavailableError(reason)
@@ -72,7 +74,7 @@ def overload(op: str, device: str, backend: str | None = None, *, grad: bool = T
         if not grad and op in _ops.DIFFERENTIABLE:
             name += "_nograd"
         found = getattr(getattr(torch.ops.protofast, op), name)
-        if not torch.compiler.is_compiling():
+        if not compiling:
             _found[op, device, wanted, grad] = found
     return found
 
