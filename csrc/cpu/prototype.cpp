@@ -36,11 +36,7 @@ struct GradientPlan {
 // One copy of the loops for each instruction set.
 #define VECTOR_BYTES 16
 namespace plain {
-#include "vector.h"
-//
-#include "prototype_loop.h"
-//
-#include "prototype_gradient.h"
+#include "prototype_loops.h"
 }  // namespace plain
 #undef VECTOR_BYTES
 
@@ -54,11 +50,7 @@ namespace plain {
 #endif
 #define VECTOR_BYTES 32
 namespace avx2 {
-#include "vector.h"
-//
-#include "prototype_loop.h"
-//
-#include "prototype_gradient.h"
+#include "prototype_loops.h"
 }  // namespace avx2
 #undef VECTOR_BYTES
 #ifdef __clang__
@@ -72,11 +64,7 @@ namespace avx2 {
 #endif
 #define VECTOR_BYTES 64
 namespace avx512 {
-#include "vector.h"
-//
-#include "prototype_loop.h"
-//
-#include "prototype_gradient.h"
+#include "prototype_loops.h"
 }  // namespace avx512
 #undef VECTOR_BYTES
 #ifdef __clang__
