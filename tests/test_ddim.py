@@ -1499,7 +1499,7 @@ def test_forward_mode_is_refused(backend, device):
     pf.ddim_step(x, m, 500, 480, SCHEDULE, backend=backend)
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="ddim_step has no forward-mode"):
         pf.ddim_step(forward_ad.make_dual(x, m), m, 500, 480, SCHEDULE, backend=backend)
-    with pytest.raises(NotImplementedError, match="prototype_distance has no forward-mode"):
+    with pytest.raises(NotImplementedError, match="prototype_activation has no forward-mode"):
         torch.func.jvp(lambda x: pf.prototype_distance(x, x[0, :, 0].mT).distance, (x,), (m,))
 
 

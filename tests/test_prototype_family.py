@@ -118,7 +118,11 @@ def test_training_both_ways(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "protopnet_fashion.py"), "--quick", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"protopnet-fashion.md", "protopnet-fashion.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "protopnet-fashion.md",
+        "protopnet-fashion.json",
+        "protopnet-fashion.png",
+    }
     assert (tmp_path / "protopnet-fashion.md").read_text() in done.stdout
     result = json.loads((tmp_path / "protopnet-fashion.json").read_text())
     runs = {(run["layer"], run["seed"]): run for run in result["runs"]}
