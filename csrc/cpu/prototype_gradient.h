@@ -165,8 +165,11 @@ class PrototypeGradients {
 
 template <class T>
 void gradient_items(const PrototypeGradient& args, const GradientPlan& plan, int64_t begin, int64_t end) {
+  // The runs of a group after each other: threads that write into the same rows hinder one another.
+  constexpr int64_t RUN = PrototypeGradients<T>::RUN;
+  const int64_t runs = (plan.padded + RUN - 1) / RUN;
   PrototypeGradients<T> gradients(args, plan);
-  for (int64_t i = begin; i < end; ++i) gradients.run(i % plan.groups, i / plan.groups * PrototypeGradients<T>::RUN);
+  for (int64_t i = begin; i < end; ++i) gradients.run(i / runs, i % runs * RUN);
 }
 
 // Prototypes [begin, end) as Real, (prototype, pixel of the window, channel) with the channels filled up by zeros.
