@@ -596,7 +596,7 @@ def test_opcheck(metric, masked):
     mask = torch.arange(12) % 5 != 4 if masked else None
     first, ops = torch.tensor([1, 3]), torch.ops.protofast
     check = torch.library.opcheck
-    check(ops.k_center.reference, (points, first, mask, 5, metric))
+    check(ops.k_center.reference, (points, first, mask, 5, metric, 0))
     check(ops.cover.reference, (points, first, mask, metric))
     check(ops.farthest_pair.reference, (points, mask, metric))
     check(ops.nearest_to_mean.reference, (points, mask, metric))

@@ -3,6 +3,12 @@
 `metric` is an index into METRICS, `objective` into OBJECTIVES. Labels are positions in the list of chosen indices.
 Distances are float64: they are what the choice was decided by. Points outside `mask` are as if absent; they get
 label -1 and distance infinity. `initial` holds at least one index, none twice, none outside the mask.
+
+A *value* is what choices compare: Σ(x−y)² for euclidean and sqeuclidean, Σ(x̂−ŷ)² of the unit vectors for cosine
+(whose distance is half of it; a zero vector is a direction of its own, orthogonal to all), Σ|x−y| for manhattan. It is
+float64 and the same to the bit on every backend: coordinates c, c+8, c+16, … are added in that order to lane c of
+eight, without fused multiply-add, and the lanes by halves: (0+4, 1+5, 2+6, 3+7), then (0+2, 1+3), then the two. The
+unit vectors are the coordinates divided by the root of the sum of their squares in that order.
 """
 
 import torch
@@ -14,6 +20,8 @@ METRICS = ("euclidean", "sqeuclidean", "cosine", "manhattan", "precomputed")
 EUCLIDEAN, SQEUCLIDEAN, COSINE, MANHATTAN, PRECOMPUTED = range(5)
 OBJECTIVES = ("max-min", "max-sum")
 MAX_MIN, MAX_SUM = range(2)
+ENGINES = ("auto", "plain", "boxes", "pool")
+AUTO, PLAIN, BOXES, POOL = range(4)
 
 
 def _indices(points: Tensor, *shape: int) -> Tensor:
@@ -24,9 +32,19 @@ def _float64(points: Tensor, *shape: int) -> Tensor:
     return points.new_empty(shape, dtype=torch.float64)
 
 
-def _fake_k_center(points, initial, mask, k, metric):
+def _fake_k_center(points, initial, mask, k, metric, engine):
+    *batch, n, _ = points.shape
+    return (
+        _indices(points, *batch, k),
+        _float64(points, *batch, k),
+        _indices(points, *batch, n),
+        _float64(points, *batch, n),
+    )
+
+
+def _fake_relax(points, centers, mask, nearest, metric):
     n = points.shape[0]
-    return _indices(points, k), _float64(points, k), _indices(points, n), _float64(points, n)
+    return _float64(points, n), _indices(points, n)
 
 
 def _fake_k_dispersion(points, mask, k, objective, metric, refine):
@@ -50,11 +68,22 @@ def _fake_nearest_to_mean(points, mask, metric):
     return _indices(points, 1)
 
 
+# points (n, d), or (B, n, d) with initial (B, m) and mask (B, n). Of a cloud with fewer allowed points than k, the
+# rest of the indices is -1 and of the radii 0. `engine`, an index into ENGINES, is how, and never changes the result.
 # -> indices, radii, labels, distances
 define(
     "k_center",
-    "(Tensor points, Tensor initial, Tensor? mask, SymInt k, int metric) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor points, Tensor initial, Tensor? mask, SymInt k, int metric, int engine)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_k_center,
+)
+# Takes further centers, given by their coordinates (m, d) in the points' dtype, into account. `nearest` (n,) are the
+# values so far (infinity where not given).
+# -> values (n,) afterwards, labels (n,): the center that brought a smaller value, the first of equals, or -1
+define(
+    "relax",
+    "(Tensor points, Tensor centers, Tensor? mask, Tensor? nearest, int metric) -> (Tensor, Tensor)",
+    _fake_relax,
 )
 # -> indices, objective, bound
 define(

@@ -34,21 +34,48 @@ def _greedy(space: Space, initial: Tensor, k: int) -> tuple[Tensor, Tensor, Tens
 
 
 def k_center(
+    points: Tensor, initial: Tensor, mask: Tensor | None, k: int, metric: int, engine: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if points.ndim == 3:
+        masks = [None] * len(points) if mask is None else mask
+        clouds = [_k_center(*one, k, metric) for one in zip(points, initial, masks, strict=True)]
+        indices, radii, labels, distances = (torch.stack(part) for part in zip(*clouds, strict=True))
+        return indices, radii, labels, distances
+    return _k_center(points, initial, mask, k, metric)
+
+
+def _k_center(
     points: Tensor, initial: Tensor, mask: Tensor | None, k: int, metric: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     space = Space(points, mask, metric)
-    chosen, radii, labels, values = _greedy(space, space.position(initial), k)
-    # A copy, because an op must not return what it was given.
+    chosen, radii, labels, values = _greedy(space, space.position(initial), min(k, space.count))
+    indices = space.index(chosen)
+    short = k - len(indices)
     return (
-        space.index(chosen).clone(),
-        space.distance(radii),
+        torch.cat([indices, indices.new_full((short,), -1)]),
+        torch.cat([space.distance(radii), radii.new_zeros(short)]),
         space.spread(labels, -1),
         space.spread(space.distance(values), math.inf),
     )
 
 
+def relax(
+    points: Tensor, centers: Tensor, mask: Tensor | None, nearest: Tensor | None, metric: int
+) -> tuple[Tensor, Tensor]:
+    space, others = Space(points, mask, metric), Space(centers, None, metric)
+    values = torch.full((space.count,), math.inf, dtype=torch.float64, device=space.device)
+    if nearest is not None:
+        values = nearest.clone() if space.rows is None else nearest[space.rows]
+    labels = torch.full_like(values, -1, dtype=torch.int64)
+    for number in range(others.count):
+        new = space.to_vector(others.coordinates(slice(number, number + 1)))
+        closer = new < values
+        values, labels = torch.where(closer, new, values), torch.where(closer, number, labels)
+    return space.spread(values, math.inf), space.spread(labels, -1)
+
+
 def cover(points: Tensor, indices: Tensor, mask: Tensor | None, metric: int) -> tuple[Tensor, Tensor, Tensor]:
-    return k_center(points, indices, mask, len(indices), metric)[1:]
+    return _k_center(points, indices, mask, len(indices), metric)[1:]
 
 
 def farthest_pair(points: Tensor, mask: Tensor | None, metric: int) -> tuple[Tensor, Tensor]:
@@ -225,6 +252,7 @@ def k_medoids(points: Tensor, initial: Tensor, metric: int, max_iter: int) -> tu
 
 
 implement("k_center", "reference", ["default"], k_center)
+implement("relax", "reference", ["default"], relax)
 implement("cover", "reference", ["default"], cover)
 implement("farthest_pair", "reference", ["default"], farthest_pair)
 implement("nearest_to_mean", "reference", ["default"], nearest_to_mean)

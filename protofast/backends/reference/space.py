@@ -1,8 +1,8 @@
 """Points under a metric, read in tiles: distances in the direct form in float64, never an n × n matrix.
 
-A *position* counts the allowed points only, so kernels need not know of masks. A *value* is what choices compare:
-the distance, but Σ(x−y)² for the euclidean and cosine metrics, whose distances √value and value/2 grow with it.
-Cosine is euclidean geometry on unit vectors, 1 − cos = ½|û−v̂|²; a zero vector gets a direction of its own.
+A *position* counts the allowed points only, so kernels need not know of masks. A *value* is what choices compare, and
+how it is rounded is laid down in protofast/_ops/selection.py. Cosine is euclidean geometry on unit vectors,
+1 − cos = ½|û−v̂|²; a zero vector gets a direction of its own.
 """
 
 import math
@@ -14,7 +14,7 @@ from protofast._ops.selection import COSINE, EUCLIDEAN, MANHATTAN, PRECOMPUTED, 
 
 TILE = {"cpu": 1 << 18}  # float64 numbers in a temporary: 2 MiB stays in a core's cache
 TILE_ELSEWHERE = 1 << 24
-FEW = 8
+LANES = 8
 
 
 class Space:
@@ -25,12 +25,10 @@ class Space:
         self.tile = TILE.get(points.device.type, TILE_ELSEWHERE)
         self.dim = points.shape[1]
         self.norms: Tensor | None = None
-        self.has_zero = False
         if metric == COSINE:
-            norms = [self._raw(slice(lo, hi)).square().sum(1).sqrt() for lo, hi in self.spans(self.count, self.dim)]
+            norms = [lanes(self._raw(slice(lo, hi)).square()).sqrt() for lo, hi in self.spans(self.count, self.dim)]
             self.norms = torch.cat(norms)
-            self.has_zero = not bool(self.norms.all())
-            self.dim += self.has_zero
+            self.dim += 1  # the direction of zero vectors
 
     def spans(self, count: int, width: int) -> list[tuple[int, int]]:
         """Ranges that cut `count` rows of `width` numbers into tiles."""
@@ -67,19 +65,12 @@ class Space:
         if self.norms is not None:
             norm = self.norms[at][:, None]
             x = x / torch.where(norm > 0, norm, 1)
-            if self.has_zero:
-                x = torch.cat([x, (norm == 0).double()], 1)
+            x = torch.cat([x, (norm == 0).double()], 1)
         return x
 
     def size(self, gap: Tensor) -> Tensor:
         """Value of differences (..., dim); overwrites them."""
-        gap = gap.abs_() if self.metric == MANHATTAN else gap.square_()
-        if not 0 < self.dim <= FEW:
-            return gap.sum(-1)
-        total = gap[..., 0].clone()  # a reduction over few numbers is slow
-        for axis in range(1, self.dim):
-            total += gap[..., axis]
-        return total
+        return lanes(gap.abs_() if self.metric == MANHATTAN else gap.square_())
 
     def to_vector(self, vector: Tensor, at: Tensor | None = None) -> Tensor:
         """Values between coordinates (1, dim) and all positions, or those in `at`."""
@@ -137,6 +128,19 @@ class Space:
                 out.addcmul_(gap, gap)
             return self.distance(out)
         return direct_cdist(x, y, self.metric)
+
+
+def lanes(terms: Tensor) -> Tensor:
+    """Sums (...) of terms (..., dim) in the order that every backend keeps; overwrites them."""
+    total = terms[..., :LANES]
+    for start in range(LANES, terms.shape[-1], LANES):
+        more = terms[..., start : start + LANES]
+        total[..., : more.shape[-1]] += more
+    for half in (4, 2, 1):
+        upper = total[..., half:]
+        total[..., : upper.shape[-1]] += upper
+        total = total[..., :half]
+    return total.sum(-1)  # of one number, or none
 
 
 def direct_cdist(x: Tensor, y: Tensor, metric: int) -> Tensor:
