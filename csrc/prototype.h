@@ -2,14 +2,15 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 
 #include "dtype.h"
+#include "scratch.h"
 
 namespace protofast {
 
 // Numbered as in protofast/_ops/prototype.py.
 enum Metric : int64_t { SQEUCLIDEAN, EUCLIDEAN, COSINE, DOT };
+constexpr bool is_squared(Metric metric) { return metric == SQEUCLIDEAN || metric == EUCLIDEAN; }  // while searched
 enum Activation : int64_t { NONE, LOG, LINEAR, EXP, RECIPROCAL };
 enum Precision : int64_t { AUTO, IEEE, TF32X3, TF32, BF16 };
 
@@ -32,9 +33,6 @@ struct FeatureMap {
   void* data;
   int64_t sample, channel, stride[AXES];
 };
-
-// Memory on the device, until the kernels that were queued have run.
-using Scratch = std::function<void*(int64_t bytes)>;
 
 struct PrototypeSearch {
   PrototypeShape shape;

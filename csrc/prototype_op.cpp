@@ -1,8 +1,9 @@
 #include "prototype_op.h"
 
 #include <algorithm>
-#include <deque>
 #include <numeric>
+
+#include "temporaries.h"
 
 namespace protofast::op {
 namespace {
@@ -44,47 +45,26 @@ struct Layout {
   bool fits = false;
 };
 
-// Tensors that live until the kernels have been queued.
-class Temporaries {
- public:
-  explicit Temporaries(const View& like) : like_(like) {}
-
-  Scratch scratch() {
-    return [this](int64_t bytes) {
-      AtenTensorHandle made;
-      const int64_t stride = 1;
-      TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &bytes, &stride, aoti_torch_dtype_uint8(), like_.device_type,
-                                                      like_.device, &made));
-      return kept_.emplace_back(made).data_ptr();
-    };
+// Features (and a tensor like them) with few enough axes, copied where they have too many; prototypes without gaps.
+Layout layout_of(Temporaries& kept, const Tensor*& features, const Tensor*& prototypes, const Tensor** like,
+                 int64_t topk) {
+  prototypes = &kept.packed(*prototypes);
+  const auto look = [&] {
+    const View other(like ? **like : *features);
+    return Layout(View(*features), View(*prototypes), like ? &other : nullptr, topk);
+  };
+  Layout found = look();
+  if (!found.fits) {
+    features = &kept.packed(*features);
+    if (like) *like = &kept.packed(**like);
+    found = look();
+    STD_TORCH_CHECK(found.fits, "windows over more than ", AXES,
+                    " axes have no native kernel; use backend='reference'");
   }
-
-  // Features (and a tensor like them) with few enough axes, copied where they have too many; prototypes without gaps.
-  Layout layout(const Tensor*& features, const Tensor*& prototypes, const Tensor** like, int64_t topk) {
-    prototypes = &packed(*prototypes);
-    const auto look = [&] {
-      const View other(like ? **like : *features);
-      return Layout(View(*features), View(*prototypes), like ? &other : nullptr, topk);
-    };
-    Layout found = look();
-    if (!found.fits) {
-      features = &packed(*features);
-      if (like) *like = &packed(**like);
-      found = look();
-      STD_TORCH_CHECK(found.fits, "windows over more than ", AXES,
-                      " axes have no native kernel; use backend='reference'");
-    }
-    found.x.data = features->data_ptr();
-    if (like) found.other.data = (*like)->data_ptr();
-    return found;
-  }
-
-  const Tensor& packed(const Tensor& tensor) { return kept_.emplace_back(torch::stable::contiguous(tensor)); }
-
- private:
-  View like_;
-  std::deque<Tensor> kept_;
-};
+  found.x.data = features->data_ptr();
+  if (like) found.other.data = (*like)->data_ptr();
+  return found;
+}
 
 void check_same(const char* name, const View& tensor, const View& features, int32_t dtype) {
   STD_TORCH_CHECK(tensor.dtype == dtype, name, " has the wrong dtype");
@@ -113,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor> search(const PrototypeKernels& kernels, const
   Temporaries kept(features);
   PrototypeSearch args{};
   const Tensor *x = &features_tensor, *p = &prototypes_tensor;
-  const Layout layout = kept.layout(x, p, nullptr, topk);
+  const Layout layout = layout_of(kept, x, p, nullptr, topk);
   args.dtype = dtype_of(features);
   args.shape = layout.shape, args.x = layout.x, args.p = p->data_ptr();
   const int64_t samples = args.shape.samples, count = args.shape.prototypes;
@@ -174,7 +154,7 @@ std::tuple<Tensor, Tensor> gradient(const PrototypeKernels& kernels, const Maybe
   PrototypeGradient args{};
   const Tensor *x = &features_tensor, *p = &prototypes_tensor;
   const Tensor* to_x = &std::get<0>(out);
-  const Layout layout = kept.layout(x, p, to_features ? &to_x : nullptr, topk);
+  const Layout layout = layout_of(kept, x, p, to_features ? &to_x : nullptr, topk);
   args.shape = layout.shape, args.x = layout.x, args.to_x = layout.other, args.p = p->data_ptr();
   args.grad_activation = grad_activation ? data("grad_activation", *grad_activation, result) : nullptr;
   args.grad_distance = grad_distance ? data("grad_distance", *grad_distance, result) : nullptr;
@@ -206,7 +186,7 @@ Tensor map(const PrototypeKernels& kernels, const Tensor& features_tensor, const
   Temporaries kept(features);
   PrototypeMap args{};
   const Tensor *x = &features_tensor, *p = &prototypes_tensor;
-  const Layout layout = kept.layout(x, p, nullptr, 1);
+  const Layout layout = layout_of(kept, x, p, nullptr, 1);
   args.shape = layout.shape, args.x = layout.x, args.p = p->data_ptr();
   args.metric = Metric(metric), args.distance = out.data_ptr();
   args.dtype = dtype_of(features), args.device = features.device;

@@ -7,6 +7,7 @@
 #include <optional>
 #include <tuple>
 
+#include "bound.h"
 #include "prototype.h"
 #include "view.h"
 
@@ -28,13 +29,6 @@ std::tuple<Tensor, Tensor> gradient(const PrototypeKernels&, const MaybeTensor& 
                                     const Tensor& distance, const Tensor& index, int64_t metric, int64_t activation,
                                     double eps, int64_t topk, bool to_features, bool to_prototypes);
 Tensor map(const PrototypeKernels&, const Tensor& features, const Tensor& prototypes, int64_t metric);
-
-template <const PrototypeKernels& kernels, auto function>
-struct Bound;
-template <const PrototypeKernels& kernels, class R, class... A, R (*function)(const PrototypeKernels&, A...)>
-struct Bound<kernels, function> {
-  static R call(A... arguments) { return function(kernels, arguments...); }
-};
 
 }  // namespace op
 

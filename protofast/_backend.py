@@ -7,8 +7,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _ops
@@ -79,6 +81,11 @@ def overload(op: str, device: str, backend: str | None = None, *, grad: bool = T
     return found
 
 
+def differentiates(*arguments: Any) -> bool:
+    """Whether a call with these arguments needs a gradient."""
+    return torch.is_grad_enabled() and any(isinstance(given, Tensor) and given.requires_grad for given in arguments)
+
+
 def chooses(name: str, backend: str | None) -> bool:
     """Whether `backend` of a call names a backend, or leaves the choice to `overload`; and no tangent is about."""
     free = _chosen is None and _from_environment is None if backend is None else backend == name
@@ -99,16 +106,12 @@ def _wanted(backend: str | None = None) -> str | None:
 
 
 def _first(op: str, device: str) -> str:
-    return next((b for b in PREFERENCE.get(device, ()) if _runs(op, device, b)), "reference")
-
-
-def _runs(op: str, device: str, backend: str) -> bool:
-    return not _ops.KERNELS[op].get(backend, set()).isdisjoint((device, "default"))
+    return next((b for b in PREFERENCE.get(device, ()) if _ops.runs(op, device, b)), "reference")
 
 
 def why_not(op: str, device: str, backend: str) -> str | None:
     """The reason why `backend` cannot run `op` on `device`, and the cure; None when it can."""
-    if _runs(op, device, backend):
+    if _ops.runs(op, device, backend):
         return None
     if backend in _ops.UNAVAILABLE:
         return f"backend {backend!r} is not available: {_ops.UNAVAILABLE[backend]}"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._backend import chooses, overload, why_not
+from ._backend import chooses, differentiates, overload, why_not
 from ._ops.ddim import PREDICTION_TYPES
 from ._overlap import apart, folded
 
@@ -318,7 +318,7 @@ def ddim_step(
         result = run_plan(sample, model_output, arguments, more, dynamic_threshold, backend)
         return DDIMStep._make(result if sample.dtype == dtype else [tensor.to(dtype) for tensor in result])
     outputs = _outputs(out, sample, dtype)
-    if _differentiates(sample, model_output, *more.values(), *outputs):
+    if differentiates(sample, model_output, *more.values(), *outputs):
         raise ValueError("out= cannot be used where a gradient is needed; leave it out, or use torch.no_grad()")
     run_plan(sample, model_output, arguments, more, dynamic_threshold, backend, outputs)
     return DDIMStep(*outputs)
@@ -514,10 +514,6 @@ def op_arguments(
     return tuple(arguments)
 
 
-def _differentiates(*arguments: Any) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(given, Tensor) and given.requires_grad for given in arguments)
-
-
 def _written(*outputs: Tensor | None) -> None:
     """Tells autograd, which does not see a compiled kernel write."""
     for output in outputs:
@@ -541,7 +537,7 @@ def run_plan(
         image = overload("ddim_step", device, backend)(sample, model_output, *plan, **given)[1]
         more = {**more, "threshold": _threshold(image, dynamic_threshold)}
     if out is None:
-        grad = torch.compiler.is_compiling() or _differentiates(sample, model_output, *more.values())
+        grad = torch.compiler.is_compiling() or differentiates(sample, model_output, *more.values())
         return overload("ddim_step", device, backend, grad=grad)(sample, model_output, *plan, **more)
     prev, x0 = out
     if prev.dtype == sample.dtype:

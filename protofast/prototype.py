@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._backend import overload
+from ._backend import differentiates, overload
 from ._ops.prototype import ACTIVATIONS, METRICS, NONE, PRECISIONS, activate, kernel_size, patch_grid, patch_mask
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -207,7 +207,7 @@ def _run(
     check_precision(precision)
     if not isinstance(verify, bool):
         raise TypeError(f"verify is {verify!r}; give True or False")
-    grad = torch.is_grad_enabled() and (features.requires_grad or prototypes.requires_grad)
+    grad = differentiates(features, prototypes)
     run = overload("prototype_activation", features.device.type, backend, grad=grad)
     return run(
         features,

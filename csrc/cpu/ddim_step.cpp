@@ -9,11 +9,6 @@
 #include <utility>
 
 #include "../ddim_op.h"
-#include "isa.h"
-
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
 
 namespace protofast {
 namespace {
@@ -40,66 +35,14 @@ struct DdimRun {
   }
 };
 
-// One copy of the loops for each instruction set.
-#define VECTOR_BYTES 16
-namespace plain {
-#include "vector.h"
-//
-#include "philox.h"
-//
-#include "ddim_loop.h"
-}  // namespace plain
-#undef VECTOR_BYTES
+}  // namespace
+}  // namespace protofast
 
-#ifdef __x86_64__
+#define LOOPS "ddim_loops.h"
+#include "each_isa.h"
 
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-#define VECTOR_BYTES 32
-namespace avx2 {
-#include "vector.h"
-//
-#include "philox.h"
-//
-#include "ddim_loop.h"
-}  // namespace avx2
-#undef VECTOR_BYTES
-#ifdef __clang__
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c"))), \
-                             apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")
-#endif
-#define VECTOR_BYTES 64
-namespace avx512 {
-#include "vector.h"
-//
-#include "philox.h"
-//
-#include "ddim_loop.h"
-}  // namespace avx512
-#undef VECTOR_BYTES
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-#endif  // __x86_64__
-
-#ifdef __x86_64__
-#define BEST(...) \
-  (cpu_isa() >= Isa::avx512 ? &avx512::__VA_ARGS__ : cpu_isa() == Isa::avx2 ? &avx2::__VA_ARGS__ : &plain::__VA_ARGS__)
-#else
-#define BEST(...) (&plain::__VA_ARGS__)
-#endif
+namespace protofast {
+namespace {
 
 // Non-temporal stores save the read of the line that is to be overwritten, but push the result out of the cache. They
 // pay where it would not stay there anyway, and not where the output is an input, whose lines have been read.

@@ -10,12 +10,7 @@
 #include <vector>
 
 #include "../prototype_op.h"
-#include "isa.h"
 #include "prototype_plan.h"
-
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
 
 #define INLINE_LAMBDA __attribute__((always_inline))
 
@@ -33,57 +28,14 @@ struct GradientPlan {
   void* factors;                   // of each winner
 };
 
-// One copy of the loops for each instruction set.
-#define VECTOR_BYTES 16
-namespace plain {
-#include "prototype_loops.h"
-}  // namespace plain
-#undef VECTOR_BYTES
+}  // namespace
+}  // namespace protofast
 
-#ifdef __x86_64__
+#define LOOPS "prototype_loops.h"
+#include "each_isa.h"
 
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-#define VECTOR_BYTES 32
-namespace avx2 {
-#include "prototype_loops.h"
-}  // namespace avx2
-#undef VECTOR_BYTES
-#ifdef __clang__
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c"))), \
-                             apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")
-#endif
-#define VECTOR_BYTES 64
-namespace avx512 {
-#include "prototype_loops.h"
-}  // namespace avx512
-#undef VECTOR_BYTES
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-#endif  // __x86_64__
-
-#ifdef __x86_64__
-#define BEST(...) \
-  (cpu_isa() >= Isa::avx512 ? &avx512::__VA_ARGS__ : cpu_isa() == Isa::avx2 ? &avx2::__VA_ARGS__ : &plain::__VA_ARGS__)
-#define BEST_VALUE(...) \
-  (cpu_isa() >= Isa::avx512 ? avx512::__VA_ARGS__ : cpu_isa() == Isa::avx2 ? avx2::__VA_ARGS__ : plain::__VA_ARGS__)
-#else
-#define BEST(...) (&plain::__VA_ARGS__)
-#define BEST_VALUE(...) (plain::__VA_ARGS__)
-#endif
+namespace protofast {
+namespace {
 
 template <class T>
 using RealOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -112,7 +64,7 @@ template <class T>
 void search_typed(const PrototypeSearch& args) {
   using Real = RealOf<T>;
   const PrototypeShape& shape = args.shape;
-  const SearchPlan plan(shape, thread_count(), BEST_VALUE(panel_size<Real>()), sizeof(Real));
+  const SearchPlan plan(shape, thread_count(), BEST(panel_size<Real>()), sizeof(Real));
   const int64_t rows = shape.samples * shape.prototypes, winners = plan.parts * rows * shape.topk;
   const Winners found{static_cast<double*>(args.scratch(winners * sizeof(double))),
                       static_cast<int64_t*>(args.scratch(winners * sizeof(int64_t))), shape.topk};
@@ -128,7 +80,7 @@ void search_typed(const PrototypeSearch& args) {
 template <class T>
 void map_typed(const PrototypeMap& args) {
   using Real = RealOf<T>;
-  const SearchPlan plan(args.shape, thread_count(), BEST_VALUE(panel_size<Real>()), sizeof(Real));
+  const SearchPlan plan(args.shape, thread_count(), BEST(panel_size<Real>()), sizeof(Real));
   const auto map = BEST(map_tasks<T>);
   torch::stable::parallel_for(0, plan.tasks(), 1, [&](int64_t begin, int64_t end) { map(args, plan, begin, end); });
 }
@@ -137,7 +89,7 @@ template <class T>
 void gradient_typed(const PrototypeGradient& args) {
   using Real = RealOf<T>;
   const PrototypeShape& shape = args.shape;
-  const int64_t lanes = BEST_VALUE(LANES<Real>), run = lanes * BEST_VALUE(CHANNELS);
+  const int64_t lanes = BEST(LANES<Real>), run = lanes * BEST(CHANNELS);
   GradientPlan plan{};
   plan.window = shape.window();
   plan.padded = (shape.channels + lanes - 1) / lanes * lanes;

@@ -4,13 +4,41 @@
 struct Segment {
   int64_t sample, tile, tiles, count;
   int low, taller;  // patches of a tile, and how many tiles have one more
-  int64_t odd,
-      first_odd;   // patches that the fast forms cannot rank, by a NaN or squares out of range; and where listed
+  // Patches that the fast forms cannot rank, by a NaN or squares out of range, and where they are listed.
+  int64_t odd, first_odd;
   double longest;  // square of the others' longest
   bool by_bytes;   // whether bytes will do
 
   int height(int64_t i) const { return low + (i < taller); }
 };
+
+#if VECTOR_BYTES == 64
+// Vectors value(0), …, value(chunks − 1) in whole multiples of a step, from −127 to 127, which use(c, multiples) takes.
+struct InBytes {
+  float step, most, square, missed;  // the largest value; squares of the lengths, and of what is missed
+};
+
+template <class Value, class Use>
+INLINE InBytes round_to_bytes(int64_t chunks, const Value& value, const Use& use) {
+  using F = Vector<float>;
+  F peak{}, square{}, missed{};
+  for (int64_t c = 0; c < chunks; ++c) {
+    const F v = value(c), size = v < 0 ? -v : v;
+    peak = size > peak ? size : peak;
+    square = fma(v, v, square);
+  }
+  const float most = largest<float, LANES<float>>(peak), step = most / 127;
+  const F per = broadcast<F>(most > 0 ? 127 / most : 0), by = broadcast<F>(-step);
+  for (int64_t c = 0; c < chunks; ++c) {
+    const F v = value(c);
+    const __m512i whole = _mm512_cvtps_epi32(bits<__m512>(v * per));
+    const F rest = fma(bits<F>(_mm512_cvtepi32_ps(whole)), by, v);
+    missed = fma(rest, rest, missed);
+    use(c, whole);
+  }
+  return {step, most, sum<float, LANES<float>>(square), sum<float, LANES<float>>(missed)};
+}
+#endif
 
 template <class T>
 class PatchRows {
@@ -64,7 +92,7 @@ class PatchRows {
       for (int i = 0; i < segment.height(t); ++i) {
         slot_[n] = (segment.tile + t) * ROWS + i;
         place_[n] = place(grid_, x_, id[slot_[n]]);
-        out_[n] = const_cast<Real*>(row(slot_[n]));
+        out_[n] = row(slot_[n]);
         square_[n++] = 0;
       }
     const T* const base = static_cast<const T*>(x_.data) + sample * x_.sample;
@@ -78,7 +106,7 @@ class PatchRows {
   bool full(int64_t more) const { return capacity - used < (more + ROWS - 1) / ROWS; }
   void clear() { used = 0, segments.clear(), odd_slots.clear(); }
 
-  const Real* row(int64_t slot) const { return rows_ + slot / ROWS * (chunks * ROWS * L) + slot % ROWS * L; }
+  Real* row(int64_t slot) const { return rows_ + slot / ROWS * (chunks * ROWS * L) + slot % ROWS * L; }
   const Real* rows(int64_t tile) const { return rows_ + tile * (chunks * ROWS * L); }
   const uint32_t* cell_rows(int64_t tile) const { return cell_rows_ + tile * (cell_chunks * ROWS * L); }
 
@@ -183,10 +211,10 @@ class PatchRows {
 
   void measure(int64_t count, Segment& segment) {
     std::fill_n(seen_, 64, -1);
-    const bool squared = metric_ == SQEUCLIDEAN || metric_ == EUCLIDEAN;
+    const bool squared = is_squared(metric_);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t s = slot_[i];
-      const Real* const x = row(s);
+      Real* const x = row(s);
       const Real square = square_[i];
       odd[s] = !in_range(square) && !(square == 0 && zero(x));
       inverse[s] = metric_ == COSINE && square > 0 ? 1 / std::sqrt(square) : 0;
@@ -210,7 +238,7 @@ class PatchRows {
       reach[s] = metric_ == COSINE ? 1 : std::sqrt(square), square_of[s] = squared ? square : 0;
       if (unit_)
         for (int64_t c = 0; c < chunks; ++c) {
-          Real* const at = const_cast<Real*>(x) + c * ROWS * L;
+          Real* const at = x + c * ROWS * L;
           store_bits(at, load_bits<V>(at) * broadcast<V>(inverse[s]), false);
         }
     }
@@ -234,34 +262,21 @@ class PatchRows {
   // The row without the centre in whole multiples of `byte_scale`, as bytes around 128.
   void round_bytes(const Real* x, int64_t slot, Segment& segment) {
     using F = Vector<float>;
-    const auto value = [&](int64_t c) INLINE_LAMBDA {
-      return bits<F>(load_bits<V>(x + c * ROWS * L)) - bits<F>(load_bits<V>(centre + c * L));
-    };
-    F peak{}, square{}, lost{};
-    for (int64_t c = 0; c < chunks; ++c) {
-      const F v = value(c), size = v < 0 ? -v : v;
-      peak = size > peak ? size : peak;
-      square = fma(v, v, square);
-    }
-    const float most = largest<float, LANES<float>>(peak), step = most / 127;
-    const F per = broadcast<F>(most > 0 ? 127 / most : 0), by = broadcast<F>(-step);
     uint8_t* const to = reinterpret_cast<uint8_t*>(cell_row(slot));
-    for (int64_t c = 0; c < chunks; ++c) {
-      const F v = value(c);
-      const __m512i whole = _mm512_cvtps_epi32(bits<__m512>(v * per));
-      const F rest = fma(bits<F>(_mm512_cvtepi32_ps(whole)), by, v);
-      lost = fma(rest, rest, lost);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + (c / 4 * ROWS * 4 + c % 4) * L),
-                       _mm512_cvtepi32_epi8(_mm512_add_epi32(whole, _mm512_set1_epi32(128))));
-    }
-    const float total = sum<float, LANES<float>>(square);
-    const float square_missed = sum<float, LANES<float>>(lost);
-    const bool squared = metric_ == SQEUCLIDEAN || metric_ == EUCLIDEAN;
-    byte_scale[slot] = metric_ == COSINE ? step * inverse[slot] : step;
-    missed[slot] = std::sqrt(metric_ == COSINE ? (total > 0 ? square_missed / total : 0) : square_missed);
-    byte_start[slot] = squared ? -total / 2 : 0;
-    byte_reach[slot] = metric_ == COSINE ? 1 : std::sqrt(total), byte_square[slot] = squared ? total : 0;
-    segment.by_bytes &= fit_for_bytes(total, most);
+    const InBytes row = round_to_bytes(
+        chunks,
+        [&](int64_t c)
+            INLINE_LAMBDA { return bits<F>(load_bits<V>(x + c * ROWS * L)) - bits<F>(load_bits<V>(centre + c * L)); },
+        [&](int64_t c, __m512i whole) INLINE_LAMBDA {
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(to + (c / 4 * ROWS * 4 + c % 4) * L),
+                           _mm512_cvtepi32_epi8(_mm512_add_epi32(whole, _mm512_set1_epi32(128))));
+        });
+    const bool squared = is_squared(metric_), cosine = metric_ == COSINE;
+    byte_scale[slot] = cosine ? row.step * inverse[slot] : row.step;
+    missed[slot] = std::sqrt(cosine ? (row.square > 0 ? row.missed / row.square : 0) : row.missed);
+    byte_start[slot] = squared ? -row.square / 2 : 0;
+    byte_reach[slot] = cosine ? 1 : std::sqrt(row.square), byte_square[slot] = squared ? row.square : 0;
+    segment.by_bytes &= fit_for_bytes(row.square, row.most);
   }
 #endif
 
@@ -354,11 +369,11 @@ class Panel {
         });
       else
         std::fill_n(to, padded, Real{0});
-      square[q] = sum<Real, L>(total);
-      odd[q] = !PatchRows<T>::in_range(square[q]) &&
-               !(square[q] == 0 && std::all_of(to, to + padded, [](Real value) { return value == 0; }));
-      length[q] = std::sqrt(square[q]);
-      inverse[q] = square[q] > 0 ? 1 / length[q] : 0;
+      const Real square = sum<Real, L>(total);
+      odd[q] = !PatchRows<T>::in_range(square) &&
+               !(square == 0 && std::all_of(to, to + padded, [](Real value) { return value == 0; }));
+      length[q] = std::sqrt(square);
+      inverse[q] = square > 0 ? 1 / length[q] : 0;
       if (unit_ && !odd[q])
         for (int64_t d = 0; d < padded; ++d) to[d] *= inverse[q];
     }
@@ -379,7 +394,7 @@ class Panel {
   int count, width;
   Real* cells;
   uint32_t* small_cells = nullptr;
-  alignas(64) Real square[COUNT], length[COUNT], inverse[COUNT];
+  Real length[COUNT], inverse[COUNT];
   // Of bytes: what a multiple stands for, where sums start, what is lost by length, and the length of what is kept.
   alignas(64) float step[COUNT];
   alignas(64) int32_t start[COUNT];
@@ -413,36 +428,27 @@ class Panel {
     using F = Vector<float>;
     by_bytes = true;
     const int64_t chunks = patches_.chunks, byte_chunks = patches_.cell_chunks;
+    std::fill_n(small_rows_, width * L * byte_chunks * L, 0);
     for (int q = 0; q < width * L; ++q) {
-      const auto value = [&](int64_t c) INLINE_LAMBDA {
-        if (q >= count) return F{};
-        return bits<F>(load_bits<V>(rows_ + (q * chunks + c) * L)) - bits<F>(load_bits<V>(patches_.centre + c * L));
-      };
-      F peak{}, square{}, missing{};
-      for (int64_t c = 0; c < chunks; ++c) {
-        const F v = value(c), size = v < 0 ? -v : v;
-        peak = size > peak ? size : peak;
-        square = fma(v, v, square);
-      }
-      const float most = largest<float, LANES<float>>(peak);
-      const bool fits = PatchRows<T>::fit_for_bytes(sum<float, LANES<float>>(square), most);
-      step[q] = most / 127;
-      const F per = broadcast<F>(most > 0 ? 127 / most : 0), by = broadcast<F>(-step[q]);
       int8_t* const to = reinterpret_cast<int8_t*>(small_rows_ + q * byte_chunks * L);
       Vector<int32_t> total{};
       F squares{};
-      for (int64_t c = 0; c < 4 * byte_chunks; ++c) {
-        const F v = c < chunks ? value(c) : F{};
-        const __m512i whole = _mm512_cvtps_epi32(bits<__m512>(v * per));
-        const F back = bits<F>(_mm512_cvtepi32_ps(whole)), rest = fma(back, by, v);
-        missing = fma(rest, rest, missing), squares = fma(back, back, squares);
-        total += bits<Vector<int32_t>>(whole);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + c * L), _mm512_cvtepi32_epi8(whole));
-      }
+      const InBytes row = round_to_bytes(
+          q < count ? chunks : 0,
+          [&](int64_t c) INLINE_LAMBDA {
+            return bits<F>(load_bits<V>(rows_ + (q * chunks + c) * L)) - bits<F>(load_bits<V>(patches_.centre + c * L));
+          },
+          [&](int64_t c, __m512i whole) INLINE_LAMBDA {
+            const F back = bits<F>(_mm512_cvtepi32_ps(whole));
+            squares = fma(back, back, squares);
+            total += bits<Vector<int32_t>>(whole);
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + c * L), _mm512_cvtepi32_epi8(whole));
+          });
+      step[q] = row.step;
       start[q] = -128 * sum<int32_t, LANES<int32_t>>(total);
-      lost[q] = std::sqrt(double{sum<float, LANES<float>>(missing)});
-      kept[q] = step[q] * std::sqrt(double{sum<float, LANES<float>>(squares)});
-      by_bytes &= fits || odd[q];
+      lost[q] = std::sqrt(double{row.missed});
+      kept[q] = row.step * std::sqrt(double{sum<float, LANES<float>>(squares)});
+      by_bytes &= odd[q] || PatchRows<T>::fit_for_bytes(row.square, row.most);
     }
     transposed(small_rows_, byte_chunks, small_cells);
 #endif

@@ -22,7 +22,7 @@ class PrototypeSearcher {
     // Of a sum of depth + 1 products in any order, and of operands rounded to bfloat16.
     const double unit = std::numeric_limits<Real>::epsilon() / 2;
     error_ = 1.01 * (static_cast<double>(patches_.depth) + 8) * unit + (kind == Screen::pairs ? 1.01 / 128 : 0);
-    if (kind == Screen::bytes && (args.metric == SQEUCLIDEAN || args.metric == EUCLIDEAN)) centre();
+    if (kind == Screen::bytes && is_squared(args.metric)) centre();
   }
 
   void run(const SearchTask& task) {
@@ -107,7 +107,7 @@ class PrototypeSearcher {
   // Screens, and measures all that may be among the nearest for what the screen is off by: so those are among them.
   // Where too many may be, the direct form at every patch tells them apart.
   void measured(const Segment& segment, int64_t first) {
-    const bool squared = args_.metric == SQEUCLIDEAN || args_.metric == EUCLIDEAN;
+    const bool squared = is_squared(args_.metric);
     constexpr int64_t ALL = std::numeric_limits<int64_t>::max();
     // Beyond this many, the direct form costs less.
     const int64_t room =
@@ -154,7 +154,7 @@ class PrototypeSearcher {
     // At most `most` of a score is reached by one of at least what this returns.
     Real widened(const Segment& segment, Real most, int q) const {
       const Real reach = of.args_.metric == COSINE ? 1 : static_cast<Real>(std::sqrt(segment.longest));
-      const bool squared = of.args_.metric == SQEUCLIDEAN || of.args_.metric == EUCLIDEAN;
+      const bool squared = is_squared(of.args_.metric);
       return most - 2 * (reach * slope[q] + (squared ? square * static_cast<Real>(segment.longest) : 0)) * Real{1.01};
     }
 

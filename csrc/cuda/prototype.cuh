@@ -1,13 +1,12 @@
 // What the prototype kernels share: places in a feature map, sorted lists in a warp, and the direct form.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
 #include "../prototype.h"
+#include "numbers.cuh"
 
 namespace protofast {
 
@@ -15,22 +14,6 @@ constexpr int THREADS = 256, LANES = 32, WARPS = THREADS / LANES;
 constexpr unsigned ALL = 0xffffffff;
 constexpr int64_t MOST_BLOCKS = 0x7fffffff;
 constexpr const char* TOO_LARGE = "the tensors are too large for one launch; give it fewer samples at a time";
-
-__device__ inline float widen(float v) { return v; }
-__device__ inline double widen(double v) { return v; }
-__device__ inline float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
-__device__ inline float widen(__half v) { return __half2float(v); }
-
-__device__ inline void narrow(float v, float& to) { to = v; }
-__device__ inline void narrow(double v, double& to) { to = v; }
-__device__ inline void narrow(float v, __nv_bfloat16& to) { to = __float2bfloat16_rn(v); }
-__device__ inline void narrow(float v, __half& to) { to = __float2half_rn(v); }
-
-__device__ inline float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-__device__ inline double multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
-
-template <class T>
-using Compute = decltype(widen(T{}));
 
 // --- places ---
 

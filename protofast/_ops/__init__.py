@@ -62,10 +62,14 @@ def _remember(backend: str, setup_context: Callable[..., None] | None) -> Callab
     return setup
 
 
+def runs(name: str, device: str, backend: str) -> bool:
+    """Whether `backend` has a kernel of op `name` for `device`."""
+    return not KERNELS[name].get(backend, set()).isdisjoint((device, "default"))
+
+
 def same_backend(name: str, backend: str, device: str) -> torch._ops.OpOverload:
     """The overload of op `name` for a backward on `device` whose forward ran on `backend`, or the reference's."""
-    there = not KERNELS[name].get(backend, set()).isdisjoint((device, "default"))
-    return getattr(getattr(torch.ops.protofast, name), backend if there else "reference")
+    return getattr(getattr(torch.ops.protofast, name), backend if runs(name, device, backend) else "reference")
 
 
 def implement(name: str, backend: str, devices: Iterable[str], kernel: Callable[..., Any]) -> None:

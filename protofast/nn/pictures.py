@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .._files import replacing
 from .._optional import need
-from ..prototype import prototype_map
+from ..prototype import integer, prototype_map
 from .layer import PrototypeLayer
 from .project import Projection
 from .receptive_field import ReceptiveField
@@ -92,7 +92,7 @@ def heat_map(
     features = features[None] if features.ndim == 3 else features
     if features.ndim != 4 or len(features) != 1:
         raise ValueError(f"features has shape {tuple(features.shape)}; give (D, h, w) of the one image")
-    prototype = _integer("prototype", prototype)
+    prototype = integer("prototype", prototype)
     if not 0 <= prototype < layer.num_prototypes:
         raise IndexError(f"prototype is {prototype}; the layer has 0 to {layer.num_prototypes - 1}")
     if not isinstance(strength, numbers.Real):
@@ -158,7 +158,7 @@ def draw_boxes(
     _format(path)
     picture, outside = _rgb("image", image)
     rows = _boxes(boxes)
-    width = _integer("width", width)
+    width = integer("width", width)
     if width < 1:
         raise ValueError(f"width is {width}; give 1 or more")
     _check_colour(colour)
@@ -308,13 +308,6 @@ def _format(path: Any, *more: str) -> str:
     if suffix not in known:
         raise ValueError(f"path is {os.fspath(path)!r}; a picture can be written as {', '.join(known)}")
     return suffix
-
-
-def _integer(name: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError as error:
-        raise TypeError(f"{name} is {value!r}; give an int") from error
 
 
 def _limits(limits: Any) -> tuple[float, float]:
