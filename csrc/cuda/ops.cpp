@@ -3,8 +3,10 @@
 
 #include "../ddim_op.h"
 #include "../prototype_op.h"
+#include "../selection_op.h"
 #include "ddim_step.h"
 #include "prototype.h"
+#include "selection.h"
 
 // In the CUDA builds of torch only, so weak: this library must load in the others too. Its successor in the stable
 // ABI, Stream::nativeHandle, needs torch 2.13.
@@ -28,12 +30,14 @@ constexpr Kernels KERNELS{&launch<DdimArgs, &ddim_step_cuda>, &launch<Coefficien
 constexpr PrototypeKernels PROTOTYPE_KERNELS{&launch<PrototypeSearch, &prototype_search_cuda>,
                                              &launch<PrototypeGradient, &prototype_gradient_cuda>,
                                              &launch<PrototypeMap, &prototype_map_cuda>};
+constexpr SelectionKernels SELECTION_KERNELS{&launch<KCenter, &k_center_cuda>, &launch<Relax, &relax_cuda>};
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(protofast, CUDA, m) {
   register_ddim<KERNELS>(m);
   register_prototype<PROTOTYPE_KERNELS>(m);
+  register_selection<SELECTION_KERNELS>(m);
 }
 
 }  // namespace protofast

@@ -1,0 +1,10 @@
+// All of the farthest pair and dispersion that is compiled once for each instruction set, in the order of use. Included
+// as vector.h is.
+
+#include "vector.h"
+//
+#include "prototype_tile.h"
+//
+#include "selection_points.h"
+//
+#include "farthest_tiles.h"

@@ -1,0 +1,9 @@
+// All of k-medoids that is compiled once for each instruction set, in the order of use. Included as vector.h is.
+
+#include "vector.h"
+//
+#include "prototype_tile.h"
+//
+#include "selection_points.h"
+//
+#include "medoids_panel.h"

@@ -1,0 +1,226 @@
+// k-center and covers on the CPU. Every loop gives the values of protofast/_ops/selection.py to the bit, so which
+// engine, instruction set or number of threads runs never changes a result.
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <type_traits>
+#include <utility>
+
+#include "../selection_op.h"
+#include "selection_allowed.h"
+#include "selection_box_traversal.h"
+#include "selection_greedy.h"
+
+#define INLINE_LAMBDA __attribute__((always_inline))
+
+namespace protofast {
+namespace {
+
+using BFloat16 = torch::headeronly::BFloat16;
+using Half = torch::headeronly::Half;
+
+}  // namespace
+}  // namespace protofast
+
+#define LOOPS "selection_loops.h"
+#include "each_isa.h"
+
+namespace protofast {
+namespace {
+
+template <class T>
+SelectionLoops loops() {
+  return {BEST(coordinates<T>), BEST(measure_norms<T>), BEST(measure<T>),
+          BEST(round_centers),  BEST(meet<T>),          BEST(between)};
+}
+
+SelectionLoops loops(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::f64:
+      return loops<double>();
+    case Dtype::bf16:
+      return loops<BFloat16>();
+    case Dtype::f16:
+      return loops<Half>();
+    default:
+      return loops<float>();
+  }
+}
+
+// What has been chosen so far, and what next.
+struct Choices {
+  const Cloud& cloud;
+  Nearest near;
+  const int64_t* given;  // positions
+  int64_t first, k;      // how many are given, and wanted
+  int64_t* indices;
+  double* radii;
+
+  // choose(position) takes a choice into account and returns the farthest point then; finish() leaves `near` complete.
+  template <class Choose, class Finish>
+  void run(const Choose& choose, const Finish& finish) const {
+    Key farthest;
+    int64_t number = 0;
+    for (; number < k && (number < first || farthest.value > 0); ++number) {
+      indices[number] = number < first ? given[number] : farthest.position;
+      farthest = choose(indices[number]);
+      radii[number] = std::max(0.0, farthest.value);
+    }
+    finish();
+    fill(number);
+  }
+
+  // Only copies of chosen points are left.
+  void fill(int64_t number) const {
+    for (int64_t position = 0; position < cloud.count && number < k; ++position)
+      if (near.value[position] >= 0) near.value[position] = -1, indices[number] = position, radii[number++] = 0;
+    for (; number < k; ++number) indices[number] = -1, radii[number] = 0;
+  }
+};
+
+template <class T>
+Key measure_row(const Cloud& cloud, int64_t position, int64_t number, const Nearest& near) {
+  const T* const row = static_cast<const T*>(cloud.data) + cloud.at(position) * cloud.row;
+  Key best;
+  for (int64_t i = 0; i < cloud.count; ++i) {
+    const double value = static_cast<double>(row[cloud.at(i) * cloud.column]);
+    if (value < near.value[i]) near.value[i] = value, near.label[i] = number;
+    if (const Key key{near.value[i], i}; key.over(best)) best = key;
+  }
+  return best;
+}
+
+Key measure_row(Dtype dtype, const Cloud& cloud, int64_t position, int64_t number, const Nearest& near) {
+  switch (dtype) {
+    case Dtype::f64:
+      return measure_row<double>(cloud, position, number, near);
+    case Dtype::bf16:
+      return measure_row<BFloat16>(cloud, position, number, near);
+    case Dtype::f16:
+      return measure_row<Half>(cloud, position, number, near);
+    default:
+      return measure_row<float>(cloud, position, number, near);
+  }
+}
+
+template <class Real>
+BoxLoops<Real> box_loops(Dtype dtype, const Cloud& cloud) {
+  const bool manhattan = cloud.manhattan();
+  const int axes = static_cast<int>(cloud.dim + cloud.cosine());
+  switch (dtype) {
+    case Dtype::f64:
+      return BEST(box_loops<double, Real>(manhattan, axes));
+    case Dtype::bf16:
+      return BEST(box_loops<BFloat16, Real>(manhattan, axes));
+    case Dtype::f16:
+      return BEST(box_loops<Half, Real>(manhattan, axes));
+    default:
+      return BEST(box_loops<float, Real>(manhattan, axes));
+  }
+}
+
+// The fastest, as far as the shape tells.
+Engine engine_for(const KCenter& args, const Cloud& cloud) {
+  const bool few_axes = cloud.dim >= 1 && cloud.dim + cloud.cosine() <= MOST_AXES;
+  if (args.engine == Engine::boxes) return few_axes ? Engine::boxes : Engine::plain;
+  if (args.engine != Engine::automatic) return args.engine;
+  if (cloud.count < 512 || args.k < 4) return Engine::plain;
+  return few_axes ? Engine::boxes : Engine::pool;
+}
+
+bool multiplies_bytes() { return cpu_isa() >= Isa::avx512vnni; }
+
+void k_center_of(const KCenter& args, int64_t number) {
+  const int64_t n = args.points.count, k = args.k;
+  const Allowed allowed(args.points, args.measure, number, loops(args.points.dtype).norms);
+  const Cloud& cloud = allowed.cloud;
+  const Nearest near{args.distances + number * n, args.labels + number * n};
+  std::fill_n(near.value, cloud.count, std::numeric_limits<double>::infinity());
+  std::fill_n(near.label, cloud.count, 0);
+  std::vector<int64_t> given(args.initial + number * args.given, args.initial + (number + 1) * args.given);
+  if (cloud.rows)
+    for (int64_t& index : given)
+      index = std::lower_bound(allowed.rows.begin(), allowed.rows.end(), index) - allowed.rows.begin();
+  for (const int64_t position : given)
+    STD_TORCH_CHECK(0 <= position && position < cloud.count, "initial must hold allowed indices");
+  const Choices choices{cloud, near, given.data(), std::ssize(given), k, args.indices + number * k,
+                        args.radii + number * k};
+  const Dtype dtype = args.points.dtype;
+  if (args.measure == Measure::precomputed) {
+    int64_t round = 0;
+    choices.run(
+        [&](int64_t position) {
+          near.leave(position, round);
+          return measure_row(dtype, cloud, position, round++, near);
+        },
+        [] {});
+  } else {
+    Covering covering(cloud, loops(dtype), near, k, multiplies_bytes(), dtype == Dtype::f64);
+    const auto traverse = [&](auto&& traversal) {
+      choices.run(
+          [&](int64_t position) {
+            covering.add(position);
+            return traversal.next(position);
+          },
+          [&] { traversal.finish(); });
+    };
+    switch (engine_for(args, cloud)) {
+      case Engine::boxes:
+        if (dtype == Dtype::f64 || cloud.cosine())
+          traverse(BoxTraversal<double>(covering, box_loops<double>(dtype, cloud)));
+        else
+          traverse(BoxTraversal<float>(covering, box_loops<float>(dtype, cloud)));
+        break;
+      case Engine::pool:
+        traverse(PoolTraversal(covering));
+        break;
+      default:
+        traverse(PlainTraversal(covering));
+    }
+  }
+  for (int64_t i = 0; i < cloud.count; ++i) near.value[i] = distance(args.measure, std::max(0.0, near.value[i]));
+  for (int64_t i = 0; i < k; ++i) {
+    double& radius = args.radii[number * k + i];
+    radius = distance(args.measure, radius);
+    int64_t& index = args.indices[number * k + i];
+    if (index >= 0) index = cloud.at(index);
+  }
+  allowed.spread(near.value, n, std::numeric_limits<double>::infinity());
+  allowed.spread<int64_t>(near.label, n, -1);
+}
+
+void k_center(const KCenter& args) {
+  parallel(args.points.clouds, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t number = begin; number < end; ++number) k_center_of(args, number);
+  });
+}
+
+void relax(const Relax& args) {
+  const auto norms = loops(args.points.dtype).norms;
+  const Allowed points(args.points, args.measure, 0, norms), others(args.centers, args.measure, 0, norms);
+  const Cloud& cloud = points.cloud;
+  const Nearest near{args.values, args.labels};
+  for (int64_t i = 0; i < cloud.count; ++i) {
+    near.value[i] = args.nearest ? args.nearest[cloud.at(i)] : std::numeric_limits<double>::infinity();
+    near.label[i] = -1;
+  }
+  Covering covering(cloud, loops(args.points.dtype), near, others.cloud.count, multiplies_bytes(),
+                    args.points.dtype == Dtype::f64);
+  covering.take(others.cloud, loops(args.points.dtype));
+  points.spread(near.value, args.points.count, std::numeric_limits<double>::infinity());
+  points.spread<int64_t>(near.label, args.points.count, -1);
+}
+
+constexpr SelectionKernels KERNELS{&k_center, &relax};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(protofast, CPU, m) { register_selection<KERNELS>(m); }
+
+}  // namespace protofast

@@ -1,0 +1,121 @@
+// Values between points and centers, to the bit as protofast/_ops/selection.py lays them down. Included as vector.h is.
+
+using Eight = VectorOf<double, 64>::type;
+using EightFloats = VectorOf<float, 32>::type;
+
+INLINE Eight eight(const double* from) { return load_bits<Eight>(from); }
+INLINE Eight eight(const float* from) { return __builtin_convertvector(load_bits<EightFloats>(from), Eight); }
+INLINE Eight eight(const BFloat16* from) {
+  using Halves = VectorOf<uint16_t, 16>::type;
+  using Words = VectorOf<uint32_t, 32>::type;
+  const Words words = __builtin_convertvector(load_bits<Halves>(from), Words) << 16;
+  return __builtin_convertvector(bits<EightFloats>(words), Eight);
+}
+INLINE Eight eight(const Half* from) {
+#if VECTOR_BYTES >= 32
+  return __builtin_convertvector(bits<EightFloats>(_mm256_cvtph_ps(load_bits<__m128i>(from))), Eight);
+#else
+  Eight value;
+  for (int i = 0; i < 8; ++i) value[i] = static_cast<float>(from[i]);
+  return value;
+#endif
+}
+
+template <class V>
+INLINE void keep(void* to, V value) {
+  std::memcpy(to, &value, sizeof(V));
+}
+
+// One point, eight coordinates at a time.
+template <class T>
+struct Row {
+  const T* from;
+  int64_t column, dim;
+  double norm;
+  bool cosine;
+
+  Row(const Cloud& cloud, int64_t position)
+      : from(static_cast<const T*>(cloud.data) + cloud.at(position) * cloud.row),
+        column(cloud.column),
+        dim(cloud.dim),
+        norm(cloud.cosine() ? cloud.norms[position] : 1),
+        cosine(cloud.cosine()) {}
+
+  INLINE Eight chunk(int64_t c) const {
+    Eight x;
+    if (column == 1 && c + 8 <= dim) {
+      x = eight(from + c);
+    } else {
+      T some[8] = {};
+      for (int64_t i = c; i < std::min(dim, c + 8); ++i) some[i - c] = from[i * column];
+      x = eight(some);
+    }
+    if (cosine) {
+      x = x / (norm > 0 ? norm : 1);
+      if (dim - c < 8) x[dim - c] = norm > 0 ? 0 : 1;
+    }
+    return x;
+  }
+};
+
+template <class T>
+void coordinates(const Cloud& cloud, int64_t position, double* to) {
+  const Row<T> row(cloud, position);
+  for (int64_t c = 0; c < cloud.width(); c += 8) keep(to + c, row.chunk(c));
+}
+
+template <bool manhattan>
+INLINE Eight term(Eight gap) {
+  if constexpr (manhattan) return gap < 0 ? -gap : gap;
+  return gap * gap;
+}
+
+// The fast way for rows in one run.
+template <class T, bool manhattan>
+INLINE double value_of(const Cloud& cloud, int64_t position, const double* center) {
+  const Row<T> row(cloud, position);
+  Eight total{};
+  int64_t c = 0;
+  if (row.column == 1 && !row.cosine)
+    for (; c + 8 <= row.dim; c += 8) total += term<manhattan>(eight(row.from + c) - eight(center + c));
+  for (const int64_t width = cloud.width(); c < width; c += 8) total += term<manhattan>(row.chunk(c) - eight(center + c));
+  return sum<double, 8>(total);
+}
+
+template <class T>
+INLINE double value(const Cloud& cloud, int64_t position, const double* center) {
+  return cloud.manhattan() ? value_of<T, true>(cloud, position, center) : value_of<T, false>(cloud, position, center);
+}
+
+// Norms of all positions of [begin, end).
+template <class T>
+void measure_norms(const Cloud& cloud, double* norms, int64_t begin, int64_t end) {
+  Cloud raw = cloud;
+  raw.measure = Measure::euclidean;
+  const double* const zero = static_cast<double*>(std::calloc(cloud.width(), sizeof(double)));
+  for (int64_t i = begin; i < end; ++i) norms[i] = std::sqrt(value<T>(raw, i, zero));
+  std::free(const_cast<double*>(zero));
+}
+
+// A further center against the positions of [begin, end), or those of a list; the farthest of them afterwards.
+template <class T, bool manhattan>
+INLINE Key measure_some(const Cloud& cloud, const double* center, int64_t number, const int64_t* list, int64_t begin,
+                        int64_t end, const Nearest& near) {
+  Key best;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t position = list ? list[i] : i;
+    const double measured = value_of<T, manhattan>(cloud, position, center);
+    double& nearest = near.value[position];
+    if (measured < nearest) nearest = measured, near.label[position] = number;
+    const Key key{nearest, position};
+    if (key.over(best)) best = key;
+  }
+  return best;
+}
+
+template <class T>
+Key measure(const Cloud& cloud, const double* center, int64_t number, const int64_t* list, int64_t begin, int64_t end,
+            const Nearest& near) {
+  if (cloud.manhattan()) return measure_some<T, true>(cloud, center, number, list, begin, end, near);
+  return measure_some<T, false>(cloud, center, number, list, begin, end, near);
+}

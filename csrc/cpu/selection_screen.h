@@ -1,0 +1,372 @@
+// Many centers against many points: screened by tiles of rounded coordinates, and only what may be nearer than the
+// nearest so far is measured. Included as vector.h is.
+//
+// With x̃ and c̃ the rounded coordinates, |x − c| ≥ |x̃ − c̃| − |x − x̃| − |c − c̃|.
+
+struct Gaps : Start<float> {
+  template <class V>
+  static INLINE V add(V total, V x, V p) {
+    const V difference = x - p;
+    return total + (difference < 0 ? -difference : difference);
+  }
+};
+
+constexpr float TINY = 1e-15F;  // more than what underflow takes from a length, as the longest is about one
+
+// A row in float32; returns its largest size.
+template <class T>
+INLINE float round_row(const Cloud& cloud, const Rounding& rounding, int64_t position, float* to) {
+  using F = Vector<float>;
+  constexpr int L = LANES<float>;
+  const Row<T> row(cloud, position);
+  int64_t c = 0;
+  F peak{};
+  const auto look = [&](F v) INLINE_LAMBDA {
+    const F size = v < 0 ? -v : v;
+    peak = size > peak ? size : peak;
+  };
+  if constexpr (std::is_same_v<T, float>)
+    if (row.column == 1 && !row.cosine)
+      for (const F scale = broadcast<F>(static_cast<float>(rounding.scale)); c + L <= row.dim; c += L) {
+        const F v = fma(load_bits<F>(row.from + c), scale, load_bits<F>(rounding.as_float.data() + c));
+        store_bits(to + c, v, false);
+        look(v);
+      }
+  if (c == row.dim && c == rounding.depth) return largest<float, L>(peak);
+  const int64_t first = c;
+  for (; c < row.dim; c += 8) {
+    const Eight x = row.chunk(c) * rounding.scale + eight(rounding.shift.data() + c);
+    keep(to + c, __builtin_convertvector(x, EightFloats));
+  }
+  std::fill(to + row.dim, to + rounding.depth, 0.0F);
+  for (c = first; c < rounding.depth; c += L) look(load_bits<F>(to + c));
+  return largest<float, L>(peak);
+}
+
+// What rounding to float32 takes from a length, where each coordinate is off by at most its 2⁻²⁴th.
+constexpr float ROUNDED = 0x1.1p-24F;
+
+#if VECTOR_BYTES == 64
+// From float32 to bytes, `plus` added.
+INLINE ByteRow bytes_of(const float* from, int64_t depth, float most, float missed, int plus, uint8_t* to) {
+  using F = Vector<float>;
+  F square{}, lost{};
+  const float step = most / 127;
+  const F per = broadcast<F>(most > 0 ? 127 / most : 0), by = broadcast<F>(-step);
+  for (int64_t c = 0; c < depth; c += 16) {
+    const F v = load_bits<F>(from + c);
+    const __m512i whole = _mm512_cvtps_epi32(bits<__m512>(v * per));
+    const F back = bits<F>(_mm512_cvtepi32_ps(whole)), rest = fma(back, by, v);
+    lost = fma(rest, rest, lost), square = fma(back, back, square);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + c),
+                     _mm512_cvtepi32_epi8(_mm512_add_epi32(whole, _mm512_set1_epi32(plus))));
+  }
+  return {step, step * step * sum<float, 16>(square), std::sqrt(sum<float, 16>(lost)) * 1.0001F + missed};
+}
+#endif
+
+// Centers as points, whose coordinates are those of unit vectors already.
+inline Cloud cloud_of(const Centers& centers, int64_t dim, bool manhattan) {
+  return {centers.coordinates.data(), centers.width, 1,      centers.count, dim,
+          manhattan ? Measure::manhattan : Measure::euclidean, nullptr, nullptr};
+}
+
+// Rounds the centers that have come since the last time.
+inline void round_centers(const Rounding& rounding, Centers& centers) {
+  const int64_t depth = rounding.depth;
+  int64_t number = std::ssize(centers.missed);
+  centers.rows.resize(centers.count * depth), centers.missed.resize(centers.count);
+  if (rounding.bytes) centers.bytes.resize(centers.count * depth), centers.byte_rows.resize(centers.count);
+  const Cloud all = cloud_of(centers, rounding.dim, rounding.manhattan);
+  for (; number < centers.count; ++number) {
+    float* const row = centers.rows.data() + number * depth;
+    [[maybe_unused]] const float most = round_row<double>(all, rounding, number, row);
+    double size = 0;
+    for (int64_t c = 0; c < depth; ++c) size += rounding.manhattan ? std::abs(row[c]) : double{row[c]} * row[c];
+    centers.missed[number] = static_cast<float>(rounding.manhattan ? size : std::sqrt(size)) * ROUNDED + TINY;
+    if (centers.width > rounding.dim)  // the direction of zero vectors is left out
+      centers.missed[number] += static_cast<float>(centers.at(number)[rounding.dim] * rounding.scale);
+#if VECTOR_BYTES == 64
+    if (rounding.bytes)
+      centers.byte_rows[number] =
+          bytes_of(row, depth, most, 2 * centers.missed[number], 128, centers.bytes.data() + number * depth);
+#endif
+  }
+}
+
+// One thread's.
+template <class T>
+class Screener {
+  static constexpr int L = LANES<float>, PANEL = WIDE * L, BLOCK = 240;  // a multiple of ROWS
+  using F = Vector<float>;
+
+ public:
+  Screener(const Cloud& cloud, const Rounding& rounding, const Centers& centers, const Nearest& near)
+      : cloud_(cloud), rounding_(rounding), centers_(centers), near_(near), chunks_((cloud.dim + L - 1) / L) {
+    const int64_t depth = rounding.depth;
+    floats_ = room<float>(PANEL * depth), panel_ = room<float>(PANEL * depth), score_ = room<float>(BLOCK * PANEL);
+  }
+
+  // The listed centers, ascending.
+  void use(const int32_t* list, int64_t count) {
+    const int64_t depth = rounding_.depth;
+    list_ = list, count_ = count;
+    by_bytes_ = rounding_.bytes && count >= FEW && !cloud_.manhattan();
+    const int64_t tiles = (count + ROWS - 1) / ROWS;
+    if (by_bytes_) {
+      if (!whole_) whole_ = room<uint8_t>(PANEL * depth);
+      byte_chunks_ = (cloud_.dim + 4 * L - 1) / (4 * L);
+      grow(byte_rows_, byte_room_, tiles * ROWS * depth);
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t c = 0; c < byte_chunks_; ++c)
+          std::memcpy(byte_rows_.get() + ((i / ROWS * byte_chunks_ + c) * ROWS + i % ROWS) * 4 * L,
+                      centers_.bytes.data() + list[i] * depth + c * 4 * L, 4 * L);
+    } else {
+      grow(rows_, row_room_, tiles * ROWS * depth);
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t c = 0; c < chunks_; ++c)
+          std::memcpy(rows_.get() + ((i / ROWS * chunks_ + c) * ROWS + i % ROWS) * L,
+                      centers_.rows.data() + list[i] * depth + c * L, L * sizeof(float));
+    }
+    missed_of_.resize(count), square_of_.resize(count), step_of_.resize(count);
+    worst_ = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      missed_of_[i] = centers_.missed[list[i]];
+      if (by_bytes_) {
+        const ByteRow& row = centers_.byte_rows[list[i]];
+        missed_of_[i] = row.missed, square_of_[i] = row.square * LESS, step_of_[i] = -2 * row.step;
+      }
+      worst_ = std::max(worst_, missed_of_[i]);
+    }
+  }
+
+  void relax(const int64_t* positions, int64_t begin, int64_t end) {
+    for (; begin < end; begin += PANEL) {
+      const int count = static_cast<int>(std::min<int64_t>(PANEL, end - begin));
+      for (int i = 0; i < count; ++i) position_[i] = positions ? positions[begin + i] : begin + i;
+      for (int64_t i = begin + PANEL; positions && i < std::min(end, begin + 2 * PANEL); ++i)
+        __builtin_prefetch(static_cast<const T*>(cloud_.data) + cloud_.at(positions[i]) * cloud_.row);
+      pack(count);
+      for (int64_t first = 0; first < count_; first += BLOCK) {
+        const int64_t last = std::min(count_, first + BLOCK);
+        const int wide = count > L ? 2 : 1;
+        score(first, last, wide);
+        decide(first, last, wide);
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t FEW = 24;        // centers for which bytes do not pay
+  static constexpr float LESS = 1 - 2e-6F;  // what float32 may add to a score made of bytes
+  template <class N>
+  using Room = std::unique_ptr<N[], void (*)(void*)>;
+  template <class N>
+  static Room<N> room(int64_t count) {
+    const size_t bytes = (std::max<int64_t>(count, 1) * sizeof(N) + 63) / 64 * 64;
+    return {static_cast<N*>(std::aligned_alloc(64, bytes)), &std::free};
+  }
+  template <class N>
+  static void grow(Room<N>& has, int64_t& size, int64_t count) {
+    if (count > size) has = room<N>(count), size = count;
+  }
+
+  void pack(int count) {
+    const int64_t depth = rounding_.depth;
+    // No point is farther from the middle than the unit.
+    constexpr float rounded = 2 * ROUNDED + TINY;
+    open_ = 0;
+    for (int i = 0; i < PANEL; ++i) {
+      if (i >= count) {
+        bound_[i] = missed_[i] = step_[i] = square_[i] = 0, start_[i] = 0;
+        continue;
+      }
+      float* const row = floats_.get() + i * depth;
+      [[maybe_unused]] const float most = round_row<T>(cloud_, rounding_, position_[i], row);
+      missed_[i] = rounded, step_[i] = square_[i] = 0;
+      // The direction of zero vectors is left out.
+      if (cloud_.cosine() && cloud_.norms[position_[i]] == 0) missed_[i] += static_cast<float>(rounding_.scale);
+#if VECTOR_BYTES == 64
+      if (by_bytes_) {
+        const ByteRow found = bytes_of(row, depth, most, missed_[i], 0, whole_.get() + i * depth);
+        missed_[i] = found.missed, step_[i] = found.step, square_[i] = found.square * LESS;
+        __m512i total = _mm512_setzero_si512();
+        for (int64_t c = 0; c < depth; c += 64)
+          total = add_bytes(total, load_bits<__m512i>(whole_.get() + i * depth + c));
+        start_[i] = -128 * sum<int32_t, 16>(bits<Vector<int32_t>>(total));
+      }
+#endif
+      bind(i);
+    }
+    if (by_bytes_)
+      transposed(reinterpret_cast<const uint32_t*>(whole_.get()), depth / 4, byte_chunks_, count);
+    else
+      transposed(reinterpret_cast<const uint32_t*>(floats_.get()), depth, chunks_, count);
+  }
+
+#if VECTOR_BYTES == 64
+  static INLINE __m512i add_bytes(__m512i total, __m512i whole) {
+    const __m512i ones = _mm512_set1_epi8(1);
+    asm("vpdpbusd %2, %1, %0" : "+v"(total) : "v"(ones), "v"(whole));
+    return total;
+  }
+#endif
+
+  // Cells (of four bytes) of rows, (PANEL, cells), as (cells, lanes of a panel).
+  void transposed(const uint32_t* rows, int64_t cells, int64_t chunks, int count) {
+    using U = Vector<uint32_t>;
+    const int wide = count > L ? 2 : 1;
+    uint32_t* const to = reinterpret_cast<uint32_t*>(panel_.get());
+    for (int j = 0; j < wide; ++j)
+      for (int64_t c = 0; c < chunks; ++c) {
+        U square[L];
+        for (int i = 0; i < L; ++i)
+          square[i] = j * L + i < count ? load_bits<U>(rows + (j * L + i) * cells + c * L) : U{};
+        transpose(square);
+        for (int i = 0; i < L; ++i) store_bits(to + (c * L + i) * wide * L + j * L, square[i], false);
+      }
+  }
+
+  // The length that a center must be under to count for lane i.
+  void bind(int i) {
+    const double value = near_.value[position_[i]];
+    if (value <= 0) return static_cast<void>(open_ &= ~(uint64_t{1} << i));  // nothing is nearer
+    open_ |= uint64_t{1} << i;
+    bound_[i] = static_cast<float>(cloud_.length(value) * rounding_.scale) * 1.000001F + TINY;
+  }
+
+  // Of the centers [first, last), squared lengths (manhattan: lengths) between the rounded coordinates, and the least.
+  void score(int64_t first, int64_t last, int wide) {
+    F least[WIDE];
+    for (int j = 0; j < WIDE; ++j) least[j] = broadcast<F>(std::numeric_limits<float>::infinity());
+    for (int64_t i = first; i < last; i += ROWS) {
+      const int height = static_cast<int>(std::min<int64_t>(ROWS, last - i));
+      float* const out = score_.get() + (i - first) * wide * L;
+      if (by_bytes_)
+        score_bytes(i, height, wide, out);
+      else
+        score_floats(i, height, wide, out);
+      for (int r = 0; r < height; ++r)
+        for (int j = 0; j < wide; ++j) {
+          const F s = load_bits<F>(out + (r * wide + j) * L);
+          least[j] = s < least[j] ? s : least[j];
+        }
+    }
+    for (int j = 0; j < wide; ++j) store_bits(least_ + j * L, least[j], false);
+  }
+
+  void score_floats(int64_t i, int height, int wide, float* out) {
+    static constexpr float zero[ROWS] = {};
+    const float* const rows = rows_.get() + i * chunks_ * L;
+    if (cloud_.manhattan())
+      tile_of<Gaps, float>(height, wide, rows, panel_.get(), chunks_, zero, out);
+    else
+      tile_of<Squares<float>, float>(height, wide, rows, panel_.get(), chunks_, zero, out);
+  }
+
+  void score_bytes(int64_t i, int height, int wide, float* out) {
+#if VECTOR_BYTES == 64
+    const uint32_t* const rows = reinterpret_cast<const uint32_t*>(byte_rows_.get()) + i * byte_chunks_ * L;
+    int32_t* const whole = reinterpret_cast<int32_t*>(out);
+    tile_of<ByteProducts, uint32_t>(height, wide, rows, reinterpret_cast<const uint32_t*>(panel_.get()), byte_chunks_,
+                                    start_, whole);
+    for (int r = 0; r < height; ++r) {
+      const F by = broadcast<F>(step_of_[i + r]), square = broadcast<F>(square_of_[i + r]);
+      for (int j = 0; j < wide; ++j) {
+        const F product = __builtin_convertvector(load_bits<Vector<int32_t>>(whole + (r * wide + j) * L), F);
+        const F step = load_bits<F>(step_ + j * L), both = load_bits<F>(square_ + j * L) + square;
+        store_bits(out + (r * wide + j) * L, fma(product * step, by, both), false);
+      }
+    }
+#endif
+  }
+
+  // The scores that a lane need not look at, whatever rounding took from the center.
+  void set_limit(int i, float length) {
+    length_[i] = (length + missed_[i]) * above_;
+    const float reach = length_[i] + worst_ * above_;
+    limit_[i] = cloud_.manhattan() ? reach : reach * reach * above_;
+  }
+
+  // Measures what may be nearer.
+  void decide(int64_t first, int64_t last, int wide) {
+    const bool manhattan = cloud_.manhattan();
+    for (int i = 0; i < wide * L; ++i) {
+      const float s = std::max(0.0F, least_[i]) * (1 + 6e-6F) + 6e-6F * square_[i];
+      const float near = (manhattan ? s : std::sqrt(s)) * above_ + worst_ + missed_[i];
+      set_limit(i, std::min(bound_[i], near));
+    }
+    for (int64_t i = first; i < last; ++i) {
+      const float* const scores = score_.get() + (i - first) * wide * L;
+      uint64_t hits = lanes_not_over(load_bits<F>(scores), load_bits<F>(limit_));
+      if (wide > 1) hits |= lanes_not_over(load_bits<F>(scores + L), load_bits<F>(limit_ + L)) << L;
+      for (hits &= open_; hits; hits &= hits - 1) {
+        const int lane = std::countr_zero(hits);
+        const float reach = length_[lane] + missed_of_[i] * above_;
+        if (scores[lane] <= (manhattan ? reach : reach * reach * above_)) measure_lane(lane, list_[i]);
+      }
+    }
+  }
+
+  static INLINE uint64_t lanes_not_over(F s, F most) {
+#if VECTOR_BYTES == 64
+    return _mm512_cmp_ps_mask(bits<__m512>(s), bits<__m512>(most), _CMP_LE_OQ);
+#elif VECTOR_BYTES == 32
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(bits<__m256>(s), bits<__m256>(most), _CMP_LE_OQ)));
+#else
+    uint64_t found = 0;
+    for (int i = 0; i < L; ++i) found |= uint64_t{s[i] <= most[i]} << i;
+    return found;
+#endif
+  }
+
+  void measure_lane(int i, int32_t number) {
+    const int64_t position = position_[i];
+    const double measured = value<T>(cloud_, position, centers_.at(number));
+    if (!(measured < near_.value[position])) return;
+    near_.value[position] = measured, near_.label[position] = number;
+    bind(i);
+    const float before = length_[i];
+    set_limit(i, bound_[i]);
+    length_[i] = std::min(length_[i], before);
+  }
+
+  const Cloud& cloud_;
+  const Rounding& rounding_;
+  const Centers& centers_;
+  const Nearest& near_;
+  const int64_t chunks_;
+  int64_t byte_chunks_ = 0, byte_room_ = 0, row_room_ = 0, count_ = 0;
+  const int32_t* list_ = nullptr;
+  bool by_bytes_ = false;
+  const float above_ = 1 + static_cast<float>(cloud_.dim + 8) * 0x1p-23F;  // rounding of a sum over the coordinates
+  float worst_ = 0;  // of what rounding took from the centers
+  std::vector<float> missed_of_, square_of_, step_of_;
+  uint64_t open_ = 0;  // lanes for which a center may be nearer
+  int64_t position_[PANEL];
+  alignas(64) float bound_[PANEL], length_[PANEL], limit_[PANEL], least_[PANEL], missed_[PANEL], step_[PANEL],
+      square_[PANEL];
+  alignas(64) int32_t start_[PANEL];
+  Room<float> floats_ = room<float>(0), panel_ = room<float>(0), score_ = room<float>(0), rows_ = room<float>(0);
+  Room<uint8_t> whole_{nullptr, &std::free}, byte_rows_{nullptr, &std::free};
+};
+
+// The meetings [begin, end).
+template <class T>
+void meet(const Cloud& cloud, const Rounding& rounding, const Centers& centers, const Nearest& near,
+          const int64_t* positions, const Meeting* meetings, int64_t begin, int64_t end) {
+  Screener<T> screener(cloud, rounding, centers, near);
+  for (const Meeting* last = nullptr; begin < end; ++begin) {
+    const Meeting& now = meetings[begin];
+    if (!last || now.centers != last->centers || now.count != last->count) screener.use(now.centers, now.count);
+    screener.relax(positions, now.begin, now.end);
+    last = &now;
+  }
+}
+
+// Values between center `from` and those of [begin, end).
+inline void between(const Centers& centers, bool manhattan, int64_t from, int64_t begin, int64_t end,
+                    double* to) {
+  const Cloud all = cloud_of(centers, centers.width, manhattan);
+  for (; begin < end; ++begin) *to++ = value<double>(all, begin, centers.at(from));
+}
