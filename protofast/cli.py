@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 COMMANDS = {  # name: (module, function); modules import nothing heavy before their command runs
     "demo": ("protofast.pxgen.command", "demo"),
     "pxgen": ("protofast.pxgen.command", "pxgen"),
+    "select": ("protofast.selection.command", "select"),
     "ddim": ("protofast.ddpm.command", "ddim"),
     "bench": ("protofast.bench.command", "bench"),
 }

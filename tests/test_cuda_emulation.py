@@ -4,13 +4,11 @@ import ctypes
 import itertools
 import math
 import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.emulation import HERE, ROOT, emulated, numbers, pointer, raise_if
 from helpers.errors import assert_within, exact, unit
 from torch import Tensor
 
@@ -18,9 +16,7 @@ import protofast as pf
 from protofast._ops.prototype import ACTIVATIONS, METRICS, PRECISIONS, kernel_size, patch_grid, result_dtype
 from protofast._ops.prototype import patch_mask as reduce_mask
 
-ROOT = Path(__file__).parents[1]
-SOURCES = [*sorted((ROOT / "csrc/cuda").glob("prototype_*.cu")), ROOT / "tests/cuda_emulation/driver.cpp"]
-OPTIONS = ["-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-include", "emulation.h"]
+SOURCES = [*sorted((ROOT / "csrc/cuda").glob("prototype_*.cu")), HERE / "driver.cpp"]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # numbered as in csrc/dtype.h
 SEARCHES = [
     *((torch.float32, precision) for precision in ("ieee", "tf32x3", "tf32", "bf16")),
@@ -34,45 +30,10 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not 
 
 @pytest.fixture(scope="module")
 def emulation(tmp_path_factory) -> ctypes.CDLL:
-    folder = tmp_path_factory.mktemp("emulation")
-
-    def build(source: Path) -> str:
-        target = folder / f"{source.stem}.o"
-        command = [
-            "g++",
-            *OPTIONS,
-            "-x",
-            "c++",
-            f"-I{ROOT / 'tests/cuda_emulation'}",
-            "-c",
-            str(source),
-            "-o",
-            str(target),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        return str(target)
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(build, SOURCES))
-    library = folder / "emulation.so"
-    subprocess.run(["g++", "-shared", *objects, "-o", str(library)], check=True, timeout=300)
-    loaded = ctypes.CDLL(str(library))
-    for name in ("search", "gradient", "map"):
-        getattr(loaded, name).restype = ctypes.c_char_p
-    return loaded
+    return emulated(SOURCES, ("search", "gradient", "map"), tmp_path_factory.mktemp("emulation"))
 
 
 # --- calls ------------------------------------------------------------------------------------------------------
-
-
-def numbers(values) -> ctypes.Array:
-    values = list(values)
-    return (ctypes.c_int64 * len(values))(*values)
-
-
-def pointer(tensor: Tensor | None) -> ctypes.c_void_p | None:
-    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
 
 
 def layout(features: Tensor, prototypes: Tensor, topk: int, merge: bool = True):
@@ -96,11 +57,6 @@ class Found:
     activation: Tensor
     distance: Tensor
     index: Tensor
-
-
-def raise_if(problem: bytes | None) -> None:
-    if problem:
-        raise RuntimeError(problem.decode())
 
 
 def search(

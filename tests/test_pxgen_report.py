@@ -322,13 +322,49 @@ def test_pictures_of_any_shape(shape):
             np.testing.assert_array_equal(np.asarray(drawn), (wanted * 255).round().astype(np.uint8))
 
 
-def test_scatter_of_many_anchors_draws_few():
-    report = make(300_000)
+def test_scatter_of_many_anchors_shows_their_density():
+    few, report = make(figures.MOST_POINTS), make(300_000)
+    assert sum(len(marks.get_offsets()) for marks in figures.scatter(few).axes[0].collections) >= len(few)
+    assert "Each mark is an anchor" in page.to_html(few)
+    assert "Anchors, darker where there are more" in page.to_html(report)
     figure = figures.scatter(report)
-    drawn = sum(len(collection.get_offsets()) for collection in figure.axes[0].collections)
-    assert drawn < 4 * figures.MOST_POINTS + 100
-    assert "of 300,000 anchors drawn" in figure._supxlabel.get_text()
+    axes = figure.axes[0]
+    assert sum(len(marks.get_offsets()) for marks in axes.collections) < 100  # representatives
+    assert "all 300,000 anchors" in figure._supxlabel.get_text()
     assert len(figures.png(figure, dpi=160)) < 2_000_000
+
+    image = np.asarray(axes.images[0].get_array())
+    down, across = image.shape[:2]
+    position = axes.transScale.transform(np.stack([report.criteria["kld"], report.criteria["sse"]], 1))
+    low, high = axes.transScale.transform(np.array([axes.get_xlim(), axes.get_ylim()]).T)
+    x, y = ((position - low) / (high - low) * [across, down]).T
+    edges = np.arange(down + 1), np.arange(across + 1)
+    counts = [np.histogram2d(y[report.groups == g], x[report.groups == g], edges)[0] for g in range(4)]
+    total = sum(counts)
+    shown = total > 0
+    assert total.sum() > 0.99 * len(report)  # a few lie beyond a logarithmic axis, and are drawn at its edge
+    inner = np.s_[1:-1, 1:-1]
+    off = (image[inner][..., 3] > 0) != shown[inner]
+    assert off.mean() < 0.001  # cells that rounding of an edge decides
+    one = np.stack(counts).max(0) == total
+    for group, name in enumerate(GROUPS):
+        alone = shown & one & (counts[group] > 0)
+        alone[0] = alone[-1] = alone[:, 0] = alone[:, -1] = False
+        colour = np.array([int(figures.COLOURS[name][i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        assert alone.sum() > 100
+        assert np.median(np.abs(image[alone][:, :3] - colour)) < 1e-9
+    order = np.argsort(total[inner], axis=None)
+    assert np.corrcoef(np.log1p(total[inner].flat[order]), image[inner][..., 3].flat[order])[0, 1] > 0.85
+
+
+def test_counts_of_labels():
+    for labels in (np.arange(200) % 3, np.array(["a", "b", "a", "c"])[np.arange(200) % 4]):
+        report = replace(make(), labels=labels)
+        for group in (None, *GROUPS):
+            rows = slice(None) if group is None else report.members(group)
+            expected = {report._name(label): int((labels[rows] == label).sum()) for label in np.unique(labels)}
+            assert report.label_counts(group) == expected
+        assert report.label_table() == {group: report.label_counts(group) for group in GROUPS}
 
 
 def test_scatter_of_awkward_values():

@@ -559,7 +559,7 @@ POINTS = cloud("normal", 6)
         (lambda: pf.k_center(POINTS, 1, mask=np.zeros(6, bool)), ValueError, "mask is False everywhere"),
         (lambda: pf.k_center(POINTS, 1, mask=np.ones(6)), TypeError, "mask is torch.float64"),
         (lambda: pf.k_center(POINTS, 1, mask=np.ones(5, bool)), ValueError, r"mask has shape \(5,\)"),
-        (lambda: pf.k_center(POINTS, 1, process_group=object()), NotImplementedError, "process_group"),
+        (lambda: pf.k_center(POINTS, 1, process_group=object()), TypeError, "process_group is"),
         (lambda: pf.k_center(POINTS, 1, backend="magic"), ValueError, "magic"),
         (lambda: pf.k_dispersion(POINTS, 2, objective="sum"), ValueError, "objective is 'sum'"),
         (lambda: pf.k_medoids(POINTS, 2, start=[1]), ValueError, "start holds 1 indices; give k = 2"),
@@ -600,9 +600,10 @@ def test_opcheck(metric, masked):
     check(ops.cover.reference, (points, first, mask, metric))
     check(ops.farthest_pair.reference, (points, mask, metric))
     check(ops.nearest_to_mean.reference, (points, mask, metric))
-    for objective in range(len(OBJECTIVES)):
-        check(ops.k_dispersion.reference, (points, mask, 4, objective, metric, True))
-        check(ops.k_dispersion.reference, (points, mask, 1, objective, metric, False))
+    indices, _, labels, distances = ops.k_center.reference(points, first, mask, 4, metric, 0)
+    for swaps in (0, 4):
+        check(ops.max_min_swaps.reference, (points, indices, labels, distances, mask, metric, swaps))
+        check(ops.max_sum.reference, (points, first, mask, 4, metric, swaps))
     if not masked:
         check(ops.k_medoids.reference, (points, first, metric, 20))
 

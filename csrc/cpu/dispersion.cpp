@@ -35,14 +35,14 @@ namespace {
 
 template <class T>
 double entry(const Cloud& cloud, int64_t from, int64_t to) {
-  return static_cast<double>(static_cast<const T*>(cloud.data)[cloud.at(from) * cloud.row + cloud.at(to) * cloud.column]);
+  return static_cast<double>(
+      static_cast<const T*>(cloud.data)[cloud.at(from) * cloud.row + cloud.at(to) * cloud.column]);
 }
 
 template <class T>
 PairLoops loops() {
-  return {BEST(coordinates<T>), BEST(measure_norms<T>), BEST(pair_value<T>),  BEST(pair_values<T>), BEST(pair_round<T>),
-          BEST(pair_gap),       BEST(pair_angle),       BEST(pair_pack<T>),   BEST(pair_search<T>),
-          BEST(PAIR_PANEL)};
+  return {BEST(coordinates<T>), BEST(measure_norms<T>), BEST(pair_value<T>), BEST(pair_values<T>), BEST(pair_round<T>),
+          BEST(pair_gap),       BEST(pair_angle),       BEST(pair_pack<T>),  BEST(pair_search<T>), BEST(PAIR_PANEL)};
 }
 
 // What an element type brings.
@@ -149,9 +149,8 @@ double detour(const ChosenPoints& chosen, const OfType& type) {
   for (int64_t number = 0; number < k; ++number)
     for (int64_t c = 0; c < cloud.width(); ++c) center[c] += chosen.coordinates(number)[c];
   for (double& c : center) c /= static_cast<double>(k);
-  parallel(cloud.count, values_at_once(cloud), [&](int64_t begin, int64_t end) {
-    type.loops.values(cloud, center.data(), begin, end, values.data());
-  });
+  parallel(cloud.count, values_at_once(cloud),
+           [&](int64_t begin, int64_t end) { type.loops.values(cloud, center.data(), begin, end, values.data()); });
   const double far = largest();
   if (cloud.manhattan()) return far * others;
   const double all = static_cast<double>(k) * far;

@@ -20,13 +20,14 @@ namespace protofast {
 class FarthestSearch {
  public:
   FarthestSearch(const Cloud& cloud, const PairLoops& loops, bool bytes)
-      : cloud_(cloud), loops_(loops), bytes_(bytes), width_(cloud.width()), center_(width_), values_(cloud.count) {}
+      : cloud_(cloud), loops_(loops), bytes_(bytes), width_(cloud.width()), center_(width_) {}
 
   // The positions in ascending order, and the value. Of one point, twice that.
   std::pair<int64_t, int64_t> run(double& value) {
     value = 0;
     if (cloud_.count < 2) return {0, 0};
     approach();
+    choose_center();
     value = best_.value();
     if (value == 0) return {0, 1};  // all points coincide
     if (value > 1e250 || value < 1e-250) {
@@ -72,16 +73,16 @@ class FarthestSearch {
 
   void approach() {
     const int64_t count = cloud_.count, sample = std::min<int64_t>(count, 4096);
-    std::vector<double> center(width_), values(count);
+    std::vector<double> center(width_);
     for (int64_t i = 0; i < sample; ++i) {
       const auto one = coordinates(count * i / sample);
       for (int64_t c = 0; c < width_; ++c) center[c] += one[c] / static_cast<double>(sample);
     }
-    radius_ = std::numeric_limits<double>::infinity();
     for (int step = 1; step <= 4; ++step) {  // the center moves toward its farthest point: Bădoiu and Clarkson 2003
       if (cloud_.cosine()) center[cloud_.dim] = 0;  // among the vectors that are not zero
+      std::vector<double> values(count);
       const Key far = this->values(center.data(), values.data());
-      if (step == 1 || far.value < radius_) radius_ = far.value, center_ = center, values_.swap(values);
+      views_.push_back({center, std::move(values), far.value});
       int64_t a = far.position;
       for (int tries = 0; tries < 10; ++tries) {
         const Key b = this->values(coordinates(a).data(), nullptr);
@@ -95,6 +96,26 @@ class FarthestSearch {
       for (int64_t c = 0; c < width_; ++c)
         center[c] = step == 1 ? x[c] / 2 + y[c] / 2 : center[c] + (x[c] - center[c]) / (step + 1);
     }
+  }
+
+  // Takes the center from which the fewest pairs of a sample may be far enough: the mean of points that gather, the
+  // middle of those on a rim.
+  void choose_center() {
+    const double least = this->least();
+    int64_t fewest = std::numeric_limits<int64_t>::max();
+    for (View& view : views_) {
+      const int64_t sample = std::min<int64_t>(cloud_.count, 1024);
+      std::vector<double> lengths(sample);
+      for (int64_t i = 0; i < sample; ++i) lengths[i] = cloud_.length(view.values[cloud_.count * i / sample]);
+      std::sort(lengths.begin(), lengths.end());
+      int64_t pairs = 0;
+      for (int64_t i = 0, j = sample; i < sample; ++i) {
+        while (j > 0 && lengths[i] + lengths[j - 1] >= least) --j;
+        pairs += sample * (sample - j) + (lengths[i] + cloud_.length(view.radius) >= least);
+      }
+      if (pairs < fewest) fewest = pairs, center_ = view.center, values_.swap(view.values), radius_ = view.radius;
+    }
+    views_.clear();
   }
 
   double length_of_best() const { return cloud_.length(best_.value()); }
@@ -174,8 +195,7 @@ class FarthestSearch {
       const int64_t position = kept_[i];
       uint64_t at = hashes[i] * 0x9e3779b97f4a7c15 >> 20 & (slots - 1);
       for (; table[at] >= 0; at = (at + 1) & (slots - 1))
-        if (hashes[table[at]] == hashes[i] &&
-            loops_.value(cloud_, position, coordinates(kept_[table[at]]).data()) == 0)
+        if (hashes[table[at]] == hashes[i] && loops_.value(cloud_, position, coordinates(kept_[table[at]]).data()) == 0)
           break;
       if (table[at] < 0) table[at] = i, left.push_back(position);
     }
@@ -192,9 +212,9 @@ class FarthestSearch {
     const int64_t count = std::ssize(kept_);
     PairPlan plan{};
     plan.dim = cloud_.dim, plan.manhattan = cloud_.manhattan();
-    plan.form = plan.dim <= 8                                            ? PairPlan::Form::exact
+    plan.form = plan.dim <= 8                                        ? PairPlan::Form::exact
                 : bytes_ && !plan.manhattan && plan.dim <= (1 << 15) ? PairPlan::Form::bytes
-                                                                         : PairPlan::Form::floats;
+                                                                     : PairPlan::Form::floats;
     const int64_t multiple = plan.form == PairPlan::Form::bytes ? 64 : 16;
     plan.depth = (plan.dim + multiple - 1) / multiple * multiple;
     plan.panel = plan.form == PairPlan::Form::exact ? 8 : loops_.panel;
@@ -225,7 +245,7 @@ class FarthestSearch {
     plan.positions.assign(slots, -1), plan.norms.assign(slots, 0), plan.missed.assign(slots, 0);
     if (plan.form == PairPlan::Form::bytes)
       plan.steps.assign(slots, 1), plan.squares.assign(slots, 0), plan.starts.assign(slots, 0);
-    const int64_t bytes = plan.form == PairPlan::Form::exact ? slots * plan.dim * 8
+    const int64_t bytes = plan.form == PairPlan::Form::exact    ? slots * plan.dim * 8
                           : plan.form == PairPlan::Form::floats ? slots * plan.depth * 4
                                                                 : slots * plan.depth;
     plan.data = {std::aligned_alloc(64, (bytes + 63) / 64 * 64), &std::free};
@@ -296,13 +316,19 @@ class FarthestSearch {
     return groups;
   }
 
+  struct View {
+    std::vector<double> center, values;  // values to it, by position
+    double radius;                       // the largest of them
+  };
+
   const Cloud& cloud_;
   const PairLoops& loops_;
   const bool bytes_;
   const int64_t width_;
-  std::vector<double> center_, values_;  // values to the center, by position
-  double radius_ = 0;                    // the largest of them
-  std::vector<int64_t> kept_;            // positions that may be of the pair
+  std::vector<View> views_;  // from all centers
+  std::vector<double> center_, values_;
+  double radius_ = 0;
+  std::vector<int64_t> kept_;  // positions that may be of the pair
   BestPair best_;
 };
 

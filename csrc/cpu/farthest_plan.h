@@ -50,11 +50,11 @@ struct PairPlan {
   std::vector<double> shift;  // (width): a rounded coordinate is x · scale + shift
   int64_t panel;              // slots
   std::vector<PairCell> cells;
-  std::vector<float> middles;           // (cells, depth)
-  std::vector<int64_t> positions;       // of slots
-  std::vector<float> norms, missed;     // of slots: from the center at most; what rounding took away at most
-  std::vector<float> steps, squares;    // of slots, for bytes
-  std::vector<int32_t> starts;          // of slots, for bytes: −128 · their sum
+  std::vector<float> middles;         // (cells, depth)
+  std::vector<int64_t> positions;     // of slots
+  std::vector<float> norms, missed;   // of slots: from the center at most; what rounding took away at most
+  std::vector<float> steps, squares;  // of slots, for bytes
+  std::vector<int32_t> starts;        // of slots, for bytes: −128 · their sum
   std::unique_ptr<void, void (*)(void*)> data{nullptr, nullptr};
 
   template <class N>

@@ -178,8 +178,8 @@ class PairSearch {
   bool opposite(const PairCell& from, const PairCell& to, int64_t number, int64_t other) const {
     if (plan_.manhattan || from.angle + to.angle >= 3) return true;
     const float* const middles = plan_.middles.data();
-    const double angle = from.angle + to.angle +
-                         pair_angle(middles + number * plan_.depth, middles + other * plan_.depth, plan_.depth);
+    const double angle =
+        from.angle + to.angle + pair_angle(middles + number * plan_.depth, middles + other * plan_.depth, plan_.depth);
     if (angle >= 3.1415926535) return true;
     // Convex in either distance, so the most is at an end.
     const double a = from.norm, b = to.norm, both = a * a + b * b - 2 * a * b * std::cos(angle);
@@ -221,8 +221,7 @@ class PairSearch {
         uint64_t hits = lanes_not_under(values, best_.value()) & used;
         for (; hits; hits &= hits - 1) {
           const int lane = std::countr_zero(hits);
-          if (slot != first + lane)
-            best_.offer(plan_.positions[slot], plan_.positions[first + lane], values[lane]);
+          if (slot != first + lane) best_.offer(plan_.positions[slot], plan_.positions[first + lane], values[lane]);
         }
       }
       look();
@@ -252,8 +251,7 @@ class PairSearch {
       const uint32_t* const from = plan_.panels<uint32_t>() + slot / PANEL * PANEL * cells + slot % PANEL;
       uint32_t* const to = rows_.data() + i / ROWS * ROWS * cells + i % ROWS * L;
       // A byte plus 128, as unsigned.
-      for (int64_t c = 0; c < cells; ++c)
-        to[c / L * ROWS * L + c % L] = from[c * PANEL] ^ (bytes ? 0x80808080 : 0);
+      for (int64_t c = 0; c < cells; ++c) to[c / L * ROWS * L + c % L] = from[c * PANEL] ^ (bytes ? 0x80808080 : 0);
     }
   }
 

@@ -82,15 +82,15 @@ inline void panel_distances(const Panel& panel, const double* x, int64_t begin, 
 
 inline void panel_pull(const Panel& panel, const double* x, const double* distances, double least, int64_t begin,
                        int64_t end, double* g) {
-  std::vector<Eight> sums(panel.dim);
+  std::vector<double> sums(panel.dim * 8);
   for (int64_t at = begin; at < end; ++at) {
     Eight by{};
     for (int64_t i = 0; i < 8 && at * 8 + i < panel.count; ++i)
       if (distances[at * 8 + i] > least) by[i] = 1 / distances[at * 8 + i];
     for (int64_t c = 0; c < panel.dim; ++c)
-      sums[c] += (broadcast<Eight>(x[c]) - eight(panel.group(at) + c * 8)) * by;
+      keep(&sums[c * 8], eight(&sums[c * 8]) + (broadcast<Eight>(x[c]) - eight(panel.group(at) + c * 8)) * by);
   }
-  for (int64_t c = 0; c < panel.dim; ++c) g[c] += sum<double, 8>(sums[c]);
+  for (int64_t c = 0; c < panel.dim; ++c) g[c] += sum<double, 8>(eight(&sums[c * 8]));
 }
 
 inline void panel_slopes(const Panel& panel, const double* x, const double* g, int64_t begin, int64_t end, double* dot,
@@ -229,6 +229,69 @@ void sum_tiles_of(const RoundedMembers& members, int64_t block, int64_t rows, do
     flush();
     for (int r = 0; r < height; ++r) sums[i + r] += total[r];
   }
+}
+
+template <bool manhattan>
+void tile_lengths_of(const RoundedMembers& members, const float* rows, int64_t height, int64_t begin, int64_t end,
+                     float* to, int64_t stride) {
+  using F = Vector<float>;
+  constexpr int L = LANES<float>, PANEL = WIDE * L;
+  static constexpr float zero[ROWS] = {};
+  alignas(64) float out[ROWS * PANEL];
+  for (int64_t p = begin; p < end; ++p)
+    for (int64_t i = 0; i < height; i += ROWS) {
+      const int some = static_cast<int>(std::min<int64_t>(ROWS, height - i));
+      tile_of<std::conditional_t<manhattan, LengthGaps, Squares<float>>, float>(
+          some, WIDE, rows + i * members.depth, members.panels.get() + p * PANEL * members.depth, members.depth / L, zero,
+          out);
+      for (int r = 0; r < some; ++r)
+        for (int w = 0; w < WIDE; ++w) {
+          const F length = load_bits<F>(out + (r * WIDE + w) * L);
+          float* const at = to + (i + r) * stride + p * PANEL + w * L;
+          if constexpr (manhattan)
+            store_bits(at, length, false);
+          else
+            store_bits(at, square_root(length), false);
+        }
+    }
+}
+
+inline void tile_lengths(const RoundedMembers& members, const float* rows, int64_t height, int64_t begin, int64_t end,
+                         float* to, int64_t stride) {
+  members.manhattan ? tile_lengths_of<true>(members, rows, height, begin, end, to, stride)
+                    : tile_lengths_of<false>(members, rows, height, begin, end, to, stride);
+}
+
+// Both fall as a distance grows, so that the least it can be gives the most they can be.
+inline double most_gains(const ScreenedGains& with, const float* lengths, int64_t count, double* spared) {
+  using F = Vector<float>;
+  constexpr int L = LANES<float>;
+  const F shrink = broadcast<F>(with.shrink), missed = broadcast<F>(with.missed);
+  double gain = 0;
+  for (int64_t first = 0; first < count; first += L) {
+    const F least = load_bits<F>(lengths + first) * shrink - missed, reach = load_bits<F>(with.reach + first);
+#if VECTOR_BYTES == 64
+    uint64_t hits = _mm512_cmp_ps_mask(bits<__m512>(least), bits<__m512>(reach), _CMP_LT_OQ);
+#elif VECTOR_BYTES == 32
+    uint64_t hits = static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(bits<__m256>(least), bits<__m256>(reach), _CMP_LT_OQ)));
+#else
+    uint64_t hits = 0;
+    for (int i = 0; i < L; ++i) hits |= uint64_t{least[i] < reach[i]} << i;
+#endif
+    if (!hits) continue;
+    alignas(64) float some[L];
+    store_bits(some, least, false);
+    for (; hits; hits &= hits - 1) {
+      const int lane = std::countr_zero(hits);
+      const int64_t o = first + lane;
+      double d = std::max(0.0F, some[lane]) * with.by;
+      if (with.measure == Measure::sqeuclidean) d = d * d;
+      if (with.measure == Measure::cosine) d = d * d / 2;
+      gain += std::max(0.0, with.nearest[o] - d);
+      spared[with.labels[o]] += std::max(0.0, with.second[o] - std::max(d, with.nearest[o]));
+    }
+  }
+  return gain;
 }
 
 inline void sum_tiles(const RoundedMembers& members, int64_t block, int64_t rows, double* sums) {

@@ -37,11 +37,27 @@ struct Panel {
   Block<double> coordinates;
 };
 
-// Members in float32, for sums of distances that are nearly right: rows as tiles take them, and as panels.
+// Points in float32, less their mean and scaled to lengths of at most one, for distances that are nearly right: rows as
+// tiles take them, and as panels.
 struct RoundedMembers {
   int64_t count, dim, depth;
   bool manhattan;
   Block<float> rows, panels;
+
+  // What float32 rounds away from a length, relative to it: in the sum over coordinates, in its root and so many sums.
+  double off(int64_t additions) const {
+    return (static_cast<double>(dim) * (manhattan ? 1 : 0.5) + static_cast<double>(additions) + 16) * 0x1.1p-24;
+  }
+};
+
+// What the screen of a swap compares lengths with.
+struct ScreenedGains {
+  Measure measure;
+  float shrink, missed;   // a length is at least shrink · its like in float32 − missed
+  double by;              // what makes it one of the points
+  const float* reach;     // lengths of `second` at most, scaled
+  const double *nearest, *second;
+  const int32_t* labels;
 };
 
 struct MedoidsLoops {
@@ -65,6 +81,12 @@ struct MedoidsLoops {
   // gain and spared of points [first, first + count), from the distances of a candidate to them.
   void (*gains)(const double* distances, const double* nearest, const double* second, const int32_t* labels,
                 int64_t first, int64_t count, double* lanes, double* spared);
+  // Lengths between the first `height` of the rows and all points of the panels [begin, end), nearly; `to` has a row of
+  // `stride` for each.
+  void (*lengths)(const RoundedMembers&, const float* rows, int64_t height, int64_t begin, int64_t end, float* to,
+                  int64_t stride);
+  // Adds to `spared` (by label), and returns, what spared and gain are at most, from those lengths; see medoids_panel.h.
+  double (*most_gains)(const ScreenedGains&, const float* lengths, int64_t count, double* spared);
   // Sums of lengths from the rows [begin, end) of a tile grid to all, nearly; see medoids_tiles.h.
   void (*tiles)(const RoundedMembers&, int64_t begin, int64_t rows, double* sums);
   int64_t panel;  // members of a panel

@@ -16,6 +16,7 @@
 #include "selection_allowed.h"
 #include "selection_box_traversal.h"
 #include "selection_greedy.h"
+#include "selection_relax.h"
 
 #define INLINE_LAMBDA __attribute__((always_inline))
 
@@ -35,21 +36,21 @@ namespace protofast {
 namespace {
 
 template <class T>
-SelectionLoops loops() {
-  return {BEST(coordinates<T>), BEST(measure_norms<T>), BEST(measure<T>),
+SelectionLoops loops(const Cloud& cloud) {
+  return {BEST(coordinates<T>), BEST(measure_norms<T>), BEST(measure_loop<T>(cloud)),
           BEST(round_centers),  BEST(meet<T>),          BEST(between)};
 }
 
-SelectionLoops loops(Dtype dtype) {
+SelectionLoops loops(Dtype dtype, const Cloud& cloud) {
   switch (dtype) {
     case Dtype::f64:
-      return loops<double>();
+      return loops<double>(cloud);
     case Dtype::bf16:
-      return loops<BFloat16>();
+      return loops<BFloat16>(cloud);
     case Dtype::f16:
-      return loops<Half>();
+      return loops<Half>(cloud);
     default:
-      return loops<float>();
+      return loops<float>(cloud);
   }
 }
 
@@ -130,7 +131,7 @@ Engine engine_for(const KCenter& args, const Cloud& cloud) {
   const bool few_axes = cloud.dim >= 1 && cloud.dim + cloud.cosine() <= MOST_AXES;
   if (args.engine == Engine::boxes) return few_axes ? Engine::boxes : Engine::plain;
   if (args.engine != Engine::automatic) return args.engine;
-  if (cloud.count < 512 || args.k < 4) return Engine::plain;
+  if (cloud.count < 512 || args.k < (few_axes ? 8 : 4)) return Engine::plain;
   return few_axes ? Engine::boxes : Engine::pool;
 }
 
@@ -138,7 +139,7 @@ bool multiplies_bytes() { return cpu_isa() >= Isa::avx512vnni; }
 
 void k_center_of(const KCenter& args, int64_t number) {
   const int64_t n = args.points.count, k = args.k;
-  const Allowed allowed(args.points, args.measure, number, loops(args.points.dtype).norms);
+  const Allowed allowed(args.points, args.measure, number, loops(args.points.dtype, Cloud{}).norms);
   const Cloud& cloud = allowed.cloud;
   const Nearest near{args.distances + number * n, args.labels + number * n};
   std::fill_n(near.value, cloud.count, std::numeric_limits<double>::infinity());
@@ -161,7 +162,7 @@ void k_center_of(const KCenter& args, int64_t number) {
         },
         [] {});
   } else {
-    Covering covering(cloud, loops(dtype), near, k, multiplies_bytes(), dtype == Dtype::f64);
+    Covering covering(cloud, loops(dtype, cloud), near, k, multiplies_bytes(), dtype == Dtype::f64);
     const auto traverse = [&](auto&& traversal) {
       choices.run(
           [&](int64_t position) {
@@ -173,9 +174,9 @@ void k_center_of(const KCenter& args, int64_t number) {
     switch (engine_for(args, cloud)) {
       case Engine::boxes:
         if (dtype == Dtype::f64 || cloud.cosine())
-          traverse(BoxTraversal<double>(covering, box_loops<double>(dtype, cloud)));
+          traverse(BoxTraversal<double>(covering, box_loops<double>(dtype, cloud), k));
         else
-          traverse(BoxTraversal<float>(covering, box_loops<float>(dtype, cloud)));
+          traverse(BoxTraversal<float>(covering, box_loops<float>(dtype, cloud), k));
         break;
       case Engine::pool:
         traverse(PoolTraversal(covering));
@@ -202,7 +203,7 @@ void k_center(const KCenter& args) {
 }
 
 void relax(const Relax& args) {
-  const auto norms = loops(args.points.dtype).norms;
+  const auto norms = loops(args.points.dtype, Cloud{}).norms;
   const Allowed points(args.points, args.measure, 0, norms), others(args.centers, args.measure, 0, norms);
   const Cloud& cloud = points.cloud;
   const Nearest near{args.values, args.labels};
@@ -210,9 +211,9 @@ void relax(const Relax& args) {
     near.value[i] = args.nearest ? args.nearest[cloud.at(i)] : std::numeric_limits<double>::infinity();
     near.label[i] = -1;
   }
-  Covering covering(cloud, loops(args.points.dtype), near, others.cloud.count, multiplies_bytes(),
+  Covering covering(cloud, loops(args.points.dtype, cloud), near, others.cloud.count, multiplies_bytes(),
                     args.points.dtype == Dtype::f64);
-  covering.take(others.cloud, loops(args.points.dtype));
+  covering.take(others.cloud, loops(args.points.dtype, others.cloud));
   points.spread(near.value, args.points.count, std::numeric_limits<double>::infinity());
   points.spread<int64_t>(near.label, args.points.count, -1);
 }
@@ -220,6 +221,8 @@ void relax(const Relax& args) {
 constexpr SelectionKernels KERNELS{&k_center, &relax};
 
 }  // namespace
+
+void relax_points(const Relax& args) { relax(args); }
 
 STABLE_TORCH_LIBRARY_IMPL(protofast, CPU, m) { register_selection<KERNELS>(m); }
 

@@ -15,7 +15,13 @@ struct Allowed {
   Allowed(const PointClouds& points, Measure measure, int64_t number,
           void (*norms_of)(const Cloud&, double* norms, int64_t begin, int64_t end)) {
     cloud = {static_cast<const char*>(points.data) + number * points.cloud * int64_t(bytes(points.dtype)),
-             points.row, points.column, points.count, points.dim, measure, nullptr, nullptr};
+             points.row,
+             points.column,
+             points.count,
+             points.dim,
+             measure,
+             nullptr,
+             nullptr};
     if (const bool* const flags = points.allowed ? points.allowed + number * points.count : nullptr) {
       for (int64_t i = 0; i < points.count; ++i)
         if (flags[i]) rows.push_back(i);
@@ -38,8 +44,7 @@ struct Allowed {
   void spread(N* results, int64_t count, N absent) const {
     if (!cloud.rows) return;
     int64_t at = cloud.count - 1;
-    for (int64_t i = count - 1; i >= 0; --i)
-      results[i] = at >= 0 && rows[at] == i ? results[at--] : absent;
+    for (int64_t i = count - 1; i >= 0; --i) results[i] = at >= 0 && rows[at] == i ? results[at--] : absent;
   }
 
   Cloud cloud;

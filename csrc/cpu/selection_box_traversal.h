@@ -10,13 +10,14 @@ namespace protofast {
 template <class Real>
 class BoxTraversal {
  public:
-  BoxTraversal(Covering& covering, const BoxLoops<Real>& loops)
+  BoxTraversal(Covering& covering, const BoxLoops<Real>& loops, int64_t choices)
       : covering_(covering),
         cloud_(covering.cloud()),
         loops_(loops),
         axes_(cloud_.dim + cloud_.cosine()),
         // Few boxes to look at for a choice, and few points in those that it changes.
-        depth_(std::max(3, static_cast<int>(std::log2(8.0 * static_cast<double>(cloud_.count)) / 2 + 0.5))) {
+        depth_(std::clamp(static_cast<int>(std::log2(8.0 * static_cast<double>(cloud_.count)) / 2 + 0.5), 3,
+                          3 + static_cast<int>(std::log2(static_cast<double>(choices))))) {
     split();
     fill();
   }
@@ -52,20 +53,24 @@ class BoxTraversal {
 
  private:
   static constexpr int64_t BLOCK = 512;
+  struct Cut {
+    int32_t axis;
+    Real at;
+  };
 
   // A tree that halves a sample of the points along its widest axis, and again; node i has children 2i and 2i + 1.
   void split() {
-    const int64_t leaves = int64_t{1} << depth_, n = cloud_.count, some = std::min(n, 8 * leaves);
+    const int64_t leaves = int64_t{1} << depth_, n = cloud_.count, some = std::min(n, 4 * leaves);
     std::vector<Real> sample(some * axes_);
     for (int64_t i = 0; i < some; ++i) loops_.read(cloud_, n * i / some, n * i / some + 1, sample.data() + i * axes_);
-    axis_.assign(leaves, 0), cut_.assign(leaves, 0);
+    tree_.assign(leaves, {0, 0});
     std::vector<int32_t> order(some);
     std::iota(order.begin(), order.end(), 0);
     halve(sample, order.data(), order.data() + some, 1);
   }
 
   void halve(const std::vector<Real>& sample, int32_t* begin, int32_t* end, int64_t node) {
-    if (node >= std::ssize(cut_) || begin == end) return;
+    if (node >= std::ssize(tree_) || begin == end) return;
     int widest = 0;
     Real width = -1;
     for (int axis = 0; axis < axes_; ++axis) {
@@ -79,20 +84,27 @@ class BoxTraversal {
     int32_t* const middle = begin + (end - begin) / 2;
     const auto at = [&](int32_t i) { return sample[i * axes_ + widest]; };
     std::nth_element(begin, middle, end, [&](int32_t a, int32_t b) { return at(a) < at(b); });
-    axis_[node] = widest, cut_[node] = at(*middle);
+    tree_[node] = {widest, at(*middle)};
     halve(sample, begin, middle, 2 * node), halve(sample, middle, end, 2 * node + 1);
   }
 
-  int64_t box_of(const Real* x) const {
-    int64_t node = 1;
-    for (int level = 0; level < depth_; ++level) node = 2 * node + (x[axis_[node]] >= cut_[node]);
-    return node - (int64_t{1} << depth_);
+  // Of points, (count, axes); level by level, so that one point need not wait for another.
+  void boxes_of(const Real* x, int64_t count, int32_t* box) const {
+    std::fill_n(box, count, 1);
+    for (int level = 0; level < depth_; ++level)
+      for (int64_t i = 0; i < count; ++i) {
+        const Cut& cut = tree_[box[i]];
+        box[i] = 2 * box[i] + (x[i * axes_ + cut.axis] >= cut.at);
+      }
+    for (int64_t i = 0; i < count; ++i) box[i] -= 1 << depth_;
   }
 
   int64_t box_of(int64_t position) const {
     Real x[MOST_AXES];
+    int32_t box;
     loops_.read(cloud_, position, position + 1, x);
-    return box_of(x);
+    boxes_of(x, 1, &box);
+    return box;
   }
 
   int64_t slot_of(int64_t box, int64_t position) const {
@@ -110,7 +122,7 @@ class BoxTraversal {
       for (int64_t begin = n * part / parts, last = n * (part + 1) / parts; begin < last; begin += BLOCK) {
         const int64_t end = std::min(last, begin + BLOCK);
         loops_.read(cloud_, begin, end, block);
-        for (int64_t i = begin; i < end; ++i) use(i, block + (i - begin) * axes_);
+        use(begin, end, block);
       }
     };
     const auto each_part = [&](const auto& run) {
@@ -119,7 +131,10 @@ class BoxTraversal {
       });
     };
     each_part([&](int64_t part) {
-      each_block(part, [&](int64_t i, const Real* x) { ++to[part][own[i] = static_cast<int32_t>(box_of(x))]; });
+      each_block(part, [&](int64_t begin, int64_t end, const Real* x) {
+        boxes_of(x, end - begin, own.get() + begin);
+        for (; begin < end; ++begin) ++to[part][own[begin]];
+      });
     });
     boxes_.count = leaves;
     boxes_.begin.resize(leaves + 1);
@@ -135,10 +150,12 @@ class BoxTraversal {
     label_ = std::make_unique_for_overwrite<int32_t[]>(slot);
     position_ = std::make_unique_for_overwrite<int64_t[]>(slot);
     each_part([&](int64_t part) {
-      each_block(part, [&](int64_t i, const Real* x) {
-        const int64_t at = to[part][own[i]]++;
-        for (int64_t axis = 0; axis < axes_; ++axis) coordinates_[axis * slot + at] = x[axis];
-        position_[at] = i;
+      each_block(part, [&](int64_t begin, int64_t end, const Real* x) {
+        for (; begin < end; ++begin, x += axes_) {
+          const int64_t at = to[part][own[begin]]++;
+          for (int64_t axis = 0; axis < axes_; ++axis) coordinates_[axis * slot + at] = x[axis];
+          position_[at] = begin;
+        }
       });
     });
     constexpr double infinity = std::numeric_limits<double>::infinity();
@@ -165,17 +182,15 @@ class BoxTraversal {
   }
 
   // Slots of a box hold positions in ascending order.
-  Key farthest() const {
-    const double most = *std::max_element(boxes_.most.begin(), boxes_.most.end());
-    Key best{most};
-    for (int64_t box = 0; box < boxes_.count; ++box) {
-      if (boxes_.most[box] != most) continue;
-      for (int64_t slot = boxes_.begin[box]; slot < boxes_.begin[box + 1]; ++slot)
-        if (value_[slot] == most && position_[slot] >= 0) {
+  Key farthest() {
+    const int64_t count = loops_.farthest(boxes_, near_.data());
+    Key best{boxes_.most[near_[0]]};
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t slot = boxes_.begin[near_[i]]; slot < boxes_.begin[near_[i] + 1]; ++slot)
+        if (value_[slot] == best.value && position_[slot] >= 0) {
           best.position = std::min(best.position, position_[slot]);
           break;
         }
-    }
     return best;
   }
 
@@ -184,8 +199,7 @@ class BoxTraversal {
   const BoxLoops<Real> loops_;
   const int64_t axes_;
   const int depth_;
-  std::vector<int32_t> axis_;
-  std::vector<Real> cut_;
+  std::vector<Cut> tree_;
   Boxes boxes_;
   std::vector<int32_t> near_;
   std::unique_ptr<Real[]> coordinates_;  // (axes, slots)

@@ -35,6 +35,76 @@ INLINE Eight value_of_axes(Eight (&gap)[axes]) {
   return gap[0];
 }
 
+template <class Mask>
+INLINE unsigned lanes_of(Mask mask) {
+#if VECTOR_BYTES == 64
+  return _mm512_movepi64_mask(bits<__m512i>(mask));
+#elif VECTOR_BYTES == 32
+  __m256d half[2];
+  std::memcpy(half, &mask, sizeof(mask));
+  return _mm256_movemask_pd(half[0]) | _mm256_movemask_pd(half[1]) << 4;
+#else
+  unsigned lanes = 0;
+  for (int lane = 0; lane < 8; ++lane) lanes |= static_cast<unsigned>(mask[lane] != 0) << lane;
+  return lanes;
+#endif
+}
+
+// Writes the numbers, from `first`, of the lanes that are true.
+template <class Mask>
+INLINE int64_t which(Mask mask, int64_t first, int32_t* found, int64_t count) {
+  for (unsigned lanes = lanes_of(mask); lanes; lanes &= lanes - 1)
+    found[count++] = static_cast<int32_t>(first + std::countr_zero(lanes));
+  return count;
+}
+
+// `measure` of selection_points.h for few axes: eight points at a time.
+template <class T, bool manhattan, int axes>
+Key measure_axes(const Cloud& cloud, const double* center, int64_t number, const int64_t* list, int64_t begin,
+                 int64_t end, const Nearest& near) {
+  Key best;
+  for (; begin + 8 <= end; begin += 8) {
+    int64_t position[8];
+    Eight gap[axes], before;
+    for (int lane = 0; lane < 8; ++lane) {
+      position[lane] = list ? list[begin + lane] : begin + lane;
+      const T* const from = static_cast<const T*>(cloud.data) + cloud.at(position[lane]) * cloud.row;
+#pragma GCC unroll 8
+      for (int c = 0; c < axes; ++c) gap[c][lane] = static_cast<double>(from[c * cloud.column]);
+      before[lane] = near.value[position[lane]];
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < axes; ++c) gap[c] -= broadcast<Eight>(center[c]);
+    const Eight measured = value_of_axes<manhattan, axes>(gap);
+    for (unsigned lanes = lanes_of(measured < before); lanes; lanes &= lanes - 1) {
+      const int lane = std::countr_zero(lanes);
+      near.value[position[lane]] = measured[lane], near.label[position[lane]] = number;
+    }
+    const Eight after = measured < before ? measured : before;
+    for (unsigned lanes = lanes_of(after >= broadcast<Eight>(best.value)); lanes; lanes &= lanes - 1) {
+      const int lane = std::countr_zero(lanes);
+      if (const Key key{after[lane], position[lane]}; key.over(best)) best = key;
+    }
+  }
+  const Key last = measure_some<T, manhattan>(cloud, center, number, list, begin, end, near);
+  return last.over(best) ? last : best;
+}
+
+using MeasureLoop = Key (*)(const Cloud&, const double*, int64_t, const int64_t*, int64_t, int64_t, const Nearest&);
+
+template <class T>
+MeasureLoop measure_loop(const Cloud& cloud) {
+  MeasureLoop found = &measure<T>;
+  const auto fill = [&]<int count>() {
+    if (cloud.dim == count && !cloud.cosine())
+      found = cloud.manhattan() ? &measure_axes<T, true, count> : &measure_axes<T, false, count>;
+  };
+  [&]<int... count>(std::integer_sequence<int, count...>) {
+    (fill.template operator()<count + 1>(), ...);
+  }(std::make_integer_sequence<int, MOST_AXES>());
+  return found;
+}
+
 // Which boxes hold points that may be nearer to the center than their nearest.
 template <bool manhattan, int axes>
 int64_t near_boxes(const Boxes& boxes, const double* center, int32_t* found) {
@@ -48,19 +118,21 @@ int64_t near_boxes(const Boxes& boxes, const double* center, int32_t* found) {
       const Eight most = low > high ? low : high;
       gap[c] = most > 0 ? most : Eight{};
     }
-    const Eight bound = value_of_axes<manhattan, axes>(gap), most = eight(boxes.most.data() + i);
-#if VECTOR_BYTES == 64
-    const __mmask8 near = _mm512_cmp_pd_mask(bits<__m512d>(bound), bits<__m512d>(most), _CMP_LT_OQ);
-    const __m512i numbers = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(i)),
-                                             _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 7, 6, 5, 4, 3, 2, 1, 0));
-    _mm512_mask_compressstoreu_epi32(found + count, near, numbers);
-    count += std::popcount(static_cast<unsigned>(near));
-#else
-    const auto near = bound < most;
-    for (int lane = 0; lane < 8; ++lane)
-      if (near[lane]) found[count++] = static_cast<int32_t>(i + lane);
-#endif
+    count = which(value_of_axes<manhattan, axes>(gap) < eight(boxes.most.data() + i), i, found, count);
   }
+  return count;
+}
+
+// Which boxes hold the largest value.
+inline int64_t farthest_boxes(const Boxes& boxes, int32_t* found) {
+  Eight most = broadcast<Eight>(-1);
+  for (int64_t i = 0; i < boxes.count; i += 8) {
+    const Eight other = eight(boxes.most.data() + i);
+    most = other > most ? other : most;
+  }
+  most = broadcast<Eight>(largest<double, 8>(most));
+  int64_t count = 0;
+  for (int64_t i = 0; i < boxes.count; i += 8) count = which(eight(boxes.most.data() + i) == most, i, found, count);
   return count;
 }
 
@@ -91,6 +163,7 @@ BoxLoops<Real> box_loops(bool manhattan, int axes) {
   const auto fill = [&]<int count>() {
     if (axes != count) return;
     found.read = &read_axes<T, Real>;
+    found.farthest = &farthest_boxes;
     found.near = manhattan ? &near_boxes<true, count> : &near_boxes<false, count>;
     found.meet = manhattan ? &meet_box<Real, true, count> : &meet_box<Real, false, count>;
   };

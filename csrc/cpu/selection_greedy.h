@@ -105,50 +105,57 @@ class Covering {
     if (others.count > 1) meet_all(1);
   }
 
-  // All points with the centers [from, count), which they may have met. Once points have gathered about centers, a
-  // center more than twice as far from the nearest as the point is cannot be nearer (Elkan 2003).
+  // All points with the centers [from, count), some of which they may have met. Once points have gathered about centers,
+  // a center more than twice as far from the nearest as the point is cannot be nearer (Elkan 2003).
   void meet_all(int64_t from) {
     const int64_t now = centers_.count;
-    std::vector<int32_t> all(now);
-    std::iota(all.begin(), all.end(), 0);
     while (from < now) {
-      if (from >= 16 && now - from >= 16 && gathered(from)) {
-        const int64_t to = std::min(now, 4 * from);
-        meet_by_label(from, to);
-        from = to;
-        continue;
+      int64_t to = now;
+      if (now - from >= 2 * FIRST) {
+        const int64_t known = std::max(from, FIRST);
+        if (gathered(from, known)) to = from < FIRST ? FIRST : std::min(now, 4 * from);
       }
-      const int64_t to = from < 16 ? std::min<int64_t>(now, 16) : now;
-      std::vector<Meeting> meetings;
-      for (int64_t begin = 0; begin < cloud_.count; begin += AT_ONCE)
-        meetings.push_back({all.data() + from, to - from, begin, std::min(cloud_.count, begin + AT_ONCE)});
-      meet(nullptr, meetings);
+      if (from >= FIRST && to < now)
+        meet_by_label(from, to);
+      else
+        meet(nullptr, cloud_.count, from, to);
       from = to;
     }
   }
 
+  // A list of positions, or the first `count`, with the centers [from, to).
+  void meet(const int64_t* positions, int64_t count, int64_t from, int64_t to) {
+    std::vector<int32_t> list(to - from);
+    std::iota(list.begin(), list.end(), static_cast<int32_t>(from));
+    std::vector<Meeting> meetings;
+    for (int64_t begin = 0; begin < count; begin += AT_ONCE)
+      meetings.push_back({list.data(), to - from, begin, std::min(count, begin + AT_ONCE)});
+    meet(positions, meetings);
+  }
+
  private:
-  static constexpr int64_t AT_ONCE = 1024;
+  static constexpr int64_t AT_ONCE = 1024, FIRST = 16;
 
   bool may_help(double apart, double reach) const { return cloud_.length(apart) < 2 * reach * (1 + 1e-9); }
 
-  // Would it leave out half of the meetings? Asks some of the points.
-  bool gathered(int64_t from) {
-    const int64_t now = centers_.count, some = std::min<int64_t>(cloud_.count, 256);
-    std::vector<double> apart(now - from);
+  // Would it leave out half of the meetings, once points have met all centers before `known`? Asks some of the points.
+  bool gathered(int64_t from, int64_t known) {
+    const int64_t count = cloud_.count, to = std::min(centers_.count, known + 64);
+    std::vector<int64_t> some(std::min<int64_t>(count, 256));
+    for (int64_t i = 0; i < std::ssize(some); ++i) some[i] = count * i / std::ssize(some);
+    if (from < known) meet(some.data(), std::ssize(some), from, known);
+    std::vector<double> apart(to - known);
     int64_t kept = 0;
-    const int64_t to = std::min(now, from + 64);
-    for (int64_t i = 0; i < some; ++i) {
-      const int64_t position = cloud_.count * i / some;
+    for (const int64_t position : some) {
       if (near_.label[position] < 0) {
-        kept += to - from;
+        kept += to - known;
         continue;
       }
-      loops_.between(centers_, cloud_.manhattan(), near_.label[position], from, to, apart.data());
+      loops_.between(centers_, cloud_.manhattan(), near_.label[position], known, to, apart.data());
       const double reach = cloud_.length(std::max(0.0, near_.value[position]));
-      for (int64_t c = 0; c < to - from; ++c) kept += may_help(apart[c], reach);
+      for (const double one : apart) kept += may_help(one, reach);
     }
-    return kept * 2 < some * (to - from);
+    return kept * 2 < std::ssize(some) * (to - known);
   }
 
   // The group of each label, and first that of points whose nearest center is none of these.

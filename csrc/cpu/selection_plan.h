@@ -92,6 +92,7 @@ template <class Real>
 struct BoxLoops {
   void (*read)(const Cloud&, int64_t begin, int64_t end, Real* to);
   int64_t (*near)(const Boxes&, const double* center, int32_t* found);
+  int64_t (*farthest)(const Boxes&, int32_t* found);
   double (*meet)(const Boxes&, const Real* coordinates, int64_t box, const double* center, int32_t number,
                  double* value, int32_t* label);
 };

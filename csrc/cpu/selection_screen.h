@@ -198,6 +198,11 @@ class Screener {
 #endif
       bind(i);
     }
+    for (int j = 0; j < WIDE; ++j) {
+      const F value = load_bits<F>(bound_ + j * L);
+      const F length = cloud_.manhattan() ? value : square_root(value);
+      store_bits(bound_ + j * L, length * (1 + 1e-6F) + TINY, false);
+    }
     if (by_bytes_)
       transposed(reinterpret_cast<const uint32_t*>(whole_.get()), depth / 4, byte_chunks_, count);
     else
@@ -227,12 +232,15 @@ class Screener {
       }
   }
 
-  // The length that a center must be under to count for lane i.
+  // Whether a center may be nearer to lane i, and its value so far, scaled.
   void bind(int i) {
     const double value = near_.value[position_[i]];
-    if (value <= 0) return static_cast<void>(open_ &= ~(uint64_t{1} << i));  // nothing is nearer
-    open_ |= uint64_t{1} << i;
-    bound_[i] = static_cast<float>(cloud_.length(value) * rounding_.scale) * 1.000001F + TINY;
+    if (value > 0)
+      open_ |= uint64_t{1} << i;
+    else
+      open_ &= ~(uint64_t{1} << i);
+    bound_[i] = static_cast<float>(cloud_.manhattan() ? value * rounding_.scale
+                                                      : value * rounding_.scale * rounding_.scale);
   }
 
   // Of the centers [first, last), squared lengths (manhattan: lengths) between the rounded coordinates, and the least.
@@ -281,20 +289,19 @@ class Screener {
 #endif
   }
 
-  // The scores that a lane need not look at, whatever rounding took from the center.
-  void set_limit(int i, float length) {
-    length_[i] = (length + missed_[i]) * above_;
-    const float reach = length_[i] + worst_ * above_;
-    limit_[i] = cloud_.manhattan() ? reach : reach * reach * above_;
-  }
-
   // Measures what may be nearer.
   void decide(int64_t first, int64_t last, int wide) {
     const bool manhattan = cloud_.manhattan();
-    for (int i = 0; i < wide * L; ++i) {
-      const float s = std::max(0.0F, least_[i]) * (1 + 6e-6F) + 6e-6F * square_[i];
-      const float near = (manhattan ? s : std::sqrt(s)) * above_ + worst_ + missed_[i];
-      set_limit(i, std::min(bound_[i], near));
+    const F above = broadcast<F>(above_), worst = broadcast<F>(worst_);
+    // From the lengths under which a center must be, the scores over which none need be looked at.
+    for (int j = 0; j < wide; ++j) {
+      const F least = load_bits<F>(least_ + j * L), missed = load_bits<F>(missed_ + j * L);
+      const F score = (least > 0 ? least : F{}) * (1 + 6e-6F) + load_bits<F>(square_ + j * L) * 6e-6F;
+      const F near = (manhattan ? score : square_root(score)) * above + worst + missed;
+      const F bound = load_bits<F>(bound_ + j * L), length = ((near < bound ? near : bound) + missed) * above;
+      const F reach = length + worst * above;
+      store_bits(length_ + j * L, length, false);
+      store_bits(limit_ + j * L, manhattan ? reach : reach * reach * above, false);
     }
     for (int64_t i = first; i < last; ++i) {
       const float* const scores = score_.get() + (i - first) * wide * L;
@@ -326,9 +333,10 @@ class Screener {
     if (!(measured < near_.value[position])) return;
     near_.value[position] = measured, near_.label[position] = number;
     bind(i);
-    const float before = length_[i];
-    set_limit(i, bound_[i]);
-    length_[i] = std::min(length_[i], before);
+    bound_[i] = (cloud_.manhattan() ? bound_[i] : std::sqrt(bound_[i])) * (1 + 1e-6F) + TINY;
+    length_[i] = std::min(length_[i], (bound_[i] + missed_[i]) * above_);
+    const float reach = length_[i] + worst_ * above_;
+    limit_[i] = cloud_.manhattan() ? reach : reach * reach * above_;
   }
 
   const Cloud& cloud_;

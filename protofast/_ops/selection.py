@@ -9,6 +9,13 @@ A *value* is what choices compare: Σ(x−y)² for euclidean and sqeuclidean, Σ
 float64 and the same to the bit on every backend: coordinates c, c+8, c+16, … are added in that order to lane c of
 eight, without fused multiply-add, and the lanes by halves: (0+4, 1+5, 2+6, 3+7), then (0+2, 1+3), then the two. The
 unit vectors are the coordinates divided by the root of the sum of their squares in that order.
+
+The medoid of a cluster is the member whose *sum* of distances to all members is least. The distances, in ascending
+order of index, are added as coordinates are, but to SUM_LANES lanes. Swaps compare, for a point x and a medoid m,
+change(x, m) = stood(m) − spared(x, m) − gain(x): with d(x, o) at most MOST_DISTANCE, and first(o) ≤ second(o) the
+distances to o's two nearest medoids (by value), gain is such a sum of max(0, first − d) over all points o; spared and
+stood are those of max(0, second − max(d, first)) and second − first over the points whose nearest medoid is m, added
+one after another. A swap is made where the least change, of the first such m, is below −LEAST_GAIN · (Σ first + stood).
 """
 
 import torch
@@ -22,6 +29,9 @@ OBJECTIVES = ("max-min", "max-sum")
 MAX_MIN, MAX_SUM = range(2)
 ENGINES = ("auto", "plain", "boxes", "pool")
 AUTO, PLAIN, BOXES, POOL = range(4)
+SUM_LANES = 512
+MOST_DISTANCE = 1e290
+LEAST_GAIN = 1e-10
 
 
 def _indices(points: Tensor, *shape: int) -> Tensor:
@@ -47,11 +57,15 @@ def _fake_relax(points, centers, mask, nearest, metric):
     return _float64(points, n), _indices(points, n)
 
 
-def _fake_k_dispersion(points, mask, k, objective, metric, refine):
+def _fake_max_min_swaps(points, indices, labels, distances, mask, metric, swaps):
+    return _indices(points, indices.shape[0]), _float64(points)
+
+
+def _fake_max_sum(points, initial, mask, k, metric, sweeps):
     return _indices(points, k), _float64(points), _float64(points)
 
 
-def _fake_k_medoids(points, initial, metric, max_iter):
+def _fake_k_medoids(points, initial, metric, max_iter, refine=False):
     return _indices(points, initial.shape[0]), points.new_empty((), dtype=torch.bool)
 
 
@@ -85,14 +99,35 @@ define(
     "(Tensor points, Tensor centers, Tensor? mask, Tensor? nearest, int metric) -> (Tensor, Tensor)",
     _fake_relax,
 )
-# -> indices, objective, bound
+# k-dispersion by the smallest distance is farthest_pair, k_center from it, and these swaps: at most so many, each of an
+# end of the closest chosen pair (i, j) for the point farthest from the other k−1, as long as that raises the smallest
+# value. i is the first of equals, j the first of those nearest to it; of the two swaps the better counts, of equals
+# that of the lower position in the list. labels and distances are k_center's of `indices`: they save work.
+# -> indices, smallest distance between two (infinity of a single one)
 define(
-    "k_dispersion",
-    "(Tensor points, Tensor? mask, SymInt k, int objective, int metric, bool refine) -> (Tensor, Tensor, Tensor)",
-    _fake_k_dispersion,
+    "max_min_swaps",
+    "(Tensor points, Tensor indices, Tensor labels, Tensor distances, Tensor? mask, int metric, int swaps)"
+    " -> (Tensor, Tensor)",
+    _fake_max_min_swaps,
 )
+# k-dispersion by the sum of the distances: after `initial` always the point with the largest sum of distances to those
+# chosen, then swaps. A point's sum is float64, the distances added in the order of choice. A swap of chosen point i for
+# p gains (sum of p − d(i, p)) − sum of i; the first of the largest gains counts if it is over 1e-12 of the sum of i,
+# and then every sum becomes (sum − d(i, ·)) + d(p, ·). A sweep tries each i in turn; the last is one that changes
+# nothing, or number `sweeps`.
+# -> indices, their total distance, a bound on the total of any k points: what detours over their middle add up to
+define(
+    "max_sum",
+    "(Tensor points, Tensor initial, Tensor? mask, SymInt k, int metric, int sweeps) -> (Tensor, Tensor, Tensor)",
+    _fake_max_sum,
+)
+# Voronoi iteration, then swaps where `refine`; at most max_iter iterations, and passes over the points.
 # -> indices, whether the medoids have settled
-define("k_medoids", "(Tensor points, Tensor initial, int metric, int max_iter) -> (Tensor, Tensor)", _fake_k_medoids)
+define(
+    "k_medoids",
+    "(Tensor points, Tensor initial, int metric, int max_iter, bool refine=False) -> (Tensor, Tensor)",
+    _fake_k_medoids,
+)
 # -> radii, labels, distances
 define(
     "cover",

@@ -81,7 +81,7 @@ def explain(
         not in it get "max-mean".
     discovery : {"k-center", "k-dispersion", "k-medoids"} or several of them
         Typical (smallest covering radius), diverse (largest smallest distance), or what the public code runs; see
-        also `PAPER_CODE`.
+        also `PAPER_CODE`. In groups of more than 20,000, k-medoids chooses among that many at random, and says so.
     features : {"criteria", "pixels", "latents"}, callable, Tensor or array (n, d)
         What representatives are compared on: standardised criteria, pixels, latents of the adapter, the (B, …)
         output of a function of images, or given vectors.

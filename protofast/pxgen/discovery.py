@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..selection import k_center, k_dispersion, k_medoids
+from ..selection import Selection, k_center, k_dispersion, k_medoids
 from .result import Representatives
 
 ALGORITHMS = ("k-center", "k-dispersion", "k-medoids")
@@ -18,6 +20,9 @@ METRICS = ("euclidean", "sqeuclidean", "cosine", "manhattan")
 PAPER_CODE = {"discovery": "k-medoids", "metric": "manhattan", "features": "pixels"}
 """What the public code runs under the name k-center: ``explain(model, anchors, **PAPER_CODE)``."""
 
+MEDOIDS_FROM = 20_000
+"""Members that k-medoids looks at, which takes time in their square; of a larger group, as many at random (CLARA)."""
+
 ALIKE = 0.01
 """Representatives look alike when their smallest distance is under this share of their largest."""
 
@@ -25,8 +30,10 @@ ALIKE = 0.01
 def standardised(criteria: Mapping[str, np.ndarray]) -> np.ndarray:
     """Criteria as features (n, number of criteria) float64: mean 0 and deviation 1 over all anchors."""
     table = np.stack(list(criteria.values()), 1)
-    deviation = table.std(0)
-    return (table - table.mean(0)) / np.where(deviation > 0, deviation, 1)
+    mean, deviation = table.mean(0), table.std(0)
+    table -= mean
+    table /= np.where(deviation > 0, deviation, 1)
+    return table
 
 
 def choose(
@@ -67,7 +74,12 @@ def choose(
     elif algorithm == "k-dispersion":
         found = k_dispersion(rows, k, metric=metric)
     else:
-        found = k_medoids(rows, k, metric=metric, start=torch.Generator().manual_seed(seed))
+        found = _medoids(rows, k, metric, seed)
+        if len(rows) > MEDOIDS_FROM:
+            remarks.append(
+                f"{group} has {len(rows):,} anchors: k-medoids chose among {max(k, MEDOIDS_FROM):,} of them, drawn at "
+                "random, and every anchor counts for the nearest."
+            )
     indices = found.indices.cpu()
     # Medoids of one dense region may well be alike, and a group shown whole has no other choice.
     if algorithm != "k-medoids" and 1 < k < len(members) and _alike(rows[indices], metric):
@@ -80,6 +92,17 @@ def choose(
     chosen = members[indices.numpy()].tolist()
     labels = found.labels.cpu().numpy().astype(np.int64)
     return Representatives(group, algorithm, features, metric, chosen, float(found.objective), bound, labels), remarks
+
+
+def _medoids(rows: Tensor, k: int, metric: str, seed: int) -> Selection:
+    """k-medoids of all rows, or of a random part of many (Kaufman and Rousseeuw 1990), with all rows assigned."""
+    generator = torch.Generator().manual_seed(seed)
+    if len(rows) <= MEDOIDS_FROM:
+        return k_medoids(rows, k, metric=metric, start=generator)
+    drawn = torch.randperm(len(rows), generator=generator)[: max(k, MEDOIDS_FROM)].sort().values
+    medoids = drawn[k_medoids(rows[drawn], k, metric=metric, start=generator).indices]
+    cover = k_center(rows, k, metric=metric, initial=medoids)  # nothing is left to choose
+    return replace(cover, objective=cover.distances.sum(), bound=torch.full_like(cover.bound, math.nan))
 
 
 def _alike(points: Tensor, metric: str) -> bool:

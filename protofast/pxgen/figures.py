@@ -19,8 +19,10 @@ COLOURS = {"HIHE": "#0072B2", "HILE": "#D55E00", "LIHE": "#009E73", "LILE": "#76
 
 _MARKERS = {"HIHE": "o", "HILE": "^", "LIHE": "s", "LILE": "D"}
 _INK, _FAINT = "#1b1b1b", "#6b6b6b"
-MOST_POINTS = 5000
-"""Points drawn of each group; more would only take time and cover each other."""
+MOST_POINTS = 20_000
+"""Anchors drawn one by one; of more, which would cover each other, the density is."""
+_CELLS = 150, 200  # down and across a panel
+_BLOCK = 1 << 18  # anchors counted at a time
 _MOST_PANELS = 3
 _NAMES = {"kld": "KL divergence", "sse": "squared error", "ssim": "DSSIM"}
 
@@ -60,11 +62,12 @@ def scatter(report: Report) -> Figure:
     inner = [name for name, kind in report.kinds.items() if kind == "intrinsic"][:_MOST_PANELS]
     outer = [name for name, kind in report.kinds.items() if kind == "extrinsic"][:_MOST_PANELS]
     figure = _figure(6.6 * len(inner) + 0.4, 5.0 * len(outer) + 0.4)
-    drawn = _sample(report.groups)
+    crowded = dense(report)
+    drawn = {name: report.members(name) for name in GROUPS}
     for row, extrinsic in enumerate(outer):
         for column, intrinsic in enumerate(inner):
             axes = figure.add_subplot(len(outer), len(inner), row * len(inner) + column + 1)
-            _panel(axes, report, intrinsic, extrinsic, drawn)
+            _panel(axes, report, intrinsic, extrinsic, drawn, crowded)
     if len(report):
         figure.axes[0].legend(
             loc="lower left",
@@ -75,10 +78,9 @@ def scatter(report: Report) -> Figure:
             handletextpad=0.2,
             columnspacing=1.2,
         )
-    count = sum(map(len, drawn.values()))
-    if count < len(report):
+    if crowded:
         figure.supxlabel(
-            f"{count:,} of {len(report):,} anchors drawn: at most {MOST_POINTS:,} of each group, at random",
+            f"all {len(report):,} anchors by cells: darker where there are more (logarithmic), groups mixed in colour",
             fontsize=8,
             color=_FAINT,
             x=0.99,
@@ -87,24 +89,41 @@ def scatter(report: Report) -> Figure:
     return figure
 
 
-def _sample(groups: np.ndarray) -> dict[str, np.ndarray]:
-    generator = np.random.default_rng(0)
-    chosen = {}
-    for position, name in enumerate(GROUPS):
-        members = np.flatnonzero(groups == position)
-        if len(members) > MOST_POINTS:
-            members = np.sort(generator.choice(members, MOST_POINTS, replace=False))
-        chosen[name] = members
-    return chosen
+def dense(report: Report) -> bool:
+    """Whether the scatter shows the density of the anchors instead of each."""
+    return len(report) > MOST_POINTS
 
 
-def _panel(axes: Axes, report: Report, intrinsic: str, extrinsic: str, drawn: dict[str, np.ndarray]) -> None:
+def _density(axes: Axes, report: Report, intrinsic: str, extrinsic: str, horizontal: _Scale, vertical: _Scale) -> None:
+    """An image of the anchors in each cell: the mean of their groups' colours, the more opaque the more there are."""
+    down, across = _CELLS
+    counts = np.zeros(down * across * len(GROUPS), np.int64)
+    for start in range(0, len(report), _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        x = horizontal.cell(report.criteria[intrinsic][rows], across)
+        y = vertical.cell(report.criteria[extrinsic][rows], down)
+        counts += np.bincount((y * across + x) * len(GROUPS) + report.groups[rows], minlength=len(counts))
+    cells = counts.reshape(down, across, len(GROUPS))
+    total = cells.sum(-1)
+    colours = np.array([[int(COLOURS[name][i : i + 2], 16) for i in (1, 3, 5)] for name in GROUPS]) / 255
+    image = np.empty((down, across, 4))
+    image[..., :3] = cells @ colours / np.maximum(total, 1)[..., None]
+    image[..., 3] = np.where(total > 0, 0.25 + 0.75 * np.log1p(total) / np.log1p(total.max()), 0)
+    place: dict[str, Any] = {"extent": (0, 1, 0, 1), "transform": axes.transAxes}  # equal cells on any scale
+    axes.imshow(image, origin="lower", aspect="auto", interpolation="nearest", zorder=1, **place)
+
+
+def _panel(
+    axes: Axes, report: Report, intrinsic: str, extrinsic: str, drawn: dict[str, np.ndarray], crowded: bool
+) -> None:
     limits = {threshold.criterion: threshold for threshold in report.thresholds}
     horizontal = _Scale(report.criteria[intrinsic], limits[intrinsic].value)
     vertical = _Scale(report.criteria[extrinsic], limits[extrinsic].value)
-    size = float(np.clip(4000 / max(1, sum(map(len, drawn.values()))) ** 0.75, 5, 36))
+    size = float(np.clip(4000 / max(1, len(report)) ** 0.75, 5, 36))
+    if crowded:
+        _density(axes, report, intrinsic, extrinsic, horizontal, vertical)
     # The most crowded group goes below, so that it cannot hide a rare one.
-    for name in sorted(GROUPS, key=lambda name: -len(drawn[name])):
+    for name in () if crowded else sorted(GROUPS, key=lambda name: -len(drawn[name])):
         rows = drawn[name]
         if len(rows):
             axes.scatter(
@@ -201,6 +220,13 @@ class _Scale:
     def place(self, values: np.ndarray) -> np.ndarray:
         """Where to draw: values that the axis cannot show (0 on a logarithmic one, infinity) go to its edge."""
         return np.clip(values, self.low, self.high)
+
+    def cell(self, values: np.ndarray, count: int) -> np.ndarray:
+        """Which of `count` cells along the axis each value lies in."""
+        low, high = np.log(self.limits) if self.log else np.asarray(self.limits)
+        placed = np.nan_to_num(self.place(values), nan=self.low)
+        part = ((np.log(placed) if self.log else placed) - low) / (high - low)
+        return np.clip((part * count).astype(np.int64), 0, count - 1)
 
     def apply(self, axis: Any) -> None:
         scale = "log" if self.log else "linear"

@@ -83,6 +83,7 @@ def to_html(report: Report, *, page: bool = False, scatter: bytes | None = None)
         cards=list(_cards(report)),
         scatter=_embedded(scatter or figures.png(figures.scatter(report))),
         several=len(inner) > 1,
+        marks="Anchors, darker where there are more" if figures.dense(report) else "Each mark is an anchor",
         kinds=f"{_listed(inner)} (intrinsic) and {_listed(outer)} (extrinsic)",
         origin=_origin(report),
         thresholds=[
@@ -140,10 +141,11 @@ def _subject(report: Report) -> str:
 
 
 def _cards(report: Report) -> Iterator[dict[str, Any]]:
+    by_group = None if report.labels is None else report.label_table()
     for summary in report.summaries:
         classes = ""
-        if report.labels is not None and summary.count:
-            counts = sorted(report.label_counts(summary.name).items(), key=lambda item: -item[1])
+        if by_group is not None and summary.count:
+            counts = sorted(by_group[summary.name].items(), key=lambda item: -item[1])
             top = [f"{name} ({count:,})" for name, count in counts[:3] if count]
             classes = f"{'Mostly' if sum(1 for _, count in counts if count) > 3 else 'Only'} class {_listed(top)}."
         yield {
@@ -210,8 +212,9 @@ def _gallery(report: Report, entry: Representatives) -> dict[str, Any]:
 def _classes(report: Report) -> dict[str, Any]:
     if report.labels is None or not len(report):
         return {"classes": [], "more_classes": ""}
-    by_group = [report.label_counts(name) for name in GROUPS]
-    total = report.label_counts()
+    table = report.label_table()
+    by_group = [table[name] for name in GROUPS]
+    total = {name: sum(counts[name] for counts in by_group) for name in by_group[0]}
     names = list(total)
     if len(names) > _MOST_CLASSES:
         kept = set(sorted(names, key=lambda name: -total[name])[:_MOST_CLASSES])

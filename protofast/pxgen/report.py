@@ -150,7 +150,7 @@ def _result(report: Report) -> dict[str, Any]:
         "versions": report.versions,
     }
     if report.labels is not None:
-        result["label_counts"] = {name: report.label_counts(name) for name in GROUPS}
+        result["label_counts"] = report.label_table()
     return result
 
 
@@ -275,12 +275,13 @@ def load(folder: str | os.PathLike[str]) -> Report:
         raise ValueError(f"{path} is missing or damaged ({error}); run the analysis again") from None
 
     def column(name: str) -> np.ndarray:
-        values = table[name].to_numpy()
-        return np.asarray(values.tolist()) if values.dtype == object else np.array(values)
+        values = table[name]
+        if not arrow.types.is_string(values.type):
+            return np.array(values)
+        words = values.combine_chunks().dictionary_encode()  # a string for each class, not for each anchor
+        return np.asarray(words.dictionary.to_pylist(), np.str_)[words.indices]
 
-    groups = (
-        np.searchsorted(np.array(GROUPS), column("group")).astype(np.uint8) if len(table) else np.zeros(0, np.uint8)
-    )
+    groups = np.asarray(need("pyarrow.compute", "pxgen").index_in(table["group"], arrow.array(GROUPS)), np.uint8)
     limits = []
     for entry in result["thresholds"]:
         for name in ("value", "std", "spread"):

@@ -142,11 +142,20 @@ class Report:
 
     def label_counts(self, group: str | None = None) -> dict[str, int]:
         """Number of anchors of each class in a group (all anchors when None), classes in ascending order."""
+        table = self.label_table()
+        if group is not None:
+            return table[GROUPS[_position(group)]]
+        return {name: sum(counts[name] for counts in table.values()) for name in table[GROUPS[0]]}
+
+    def label_table(self) -> dict[str, dict[str, int]]:
+        """`label_counts` of every group, in one pass over the anchors."""
         if self.labels is None:
             raise ValueError("the anchors of this report have no labels; give labels= to explain()")
         every, class_of = np.unique(self.labels, return_inverse=True)
-        counts = np.bincount(class_of if group is None else class_of[self.members(group)], minlength=len(every))
-        return {self._name(label): int(count) for label, count in zip(every, counts, strict=True)}
+        counts = np.bincount(class_of * len(GROUPS) + self.groups, minlength=len(every) * len(GROUPS))
+        names = [self._name(label) for label in every]
+        columns = counts.reshape(len(every), len(GROUPS)).T.tolist()
+        return {group: dict(zip(names, column, strict=True)) for group, column in zip(GROUPS, columns, strict=True)}
 
     def label_shares(self, group: str) -> dict[str, float]:
         """Share of each class among the anchors of a group, in [0, 1]; all 0 when the group is empty."""

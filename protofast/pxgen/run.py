@@ -181,7 +181,7 @@ class Run:
                 store.checkpoint(done)
                 advance(len(images))
             store.checkpoint(done, finished=True)
-        criteria = self._named(np.array(store.table(CRITERIA)))
+        criteria = self._named(store.table(CRITERIA))
         self._check_finite(criteria, f" All values are kept in {store.folder / CRITERIA}." if kept else "")
         labelled = LABELS in store.columns
         return criteria, np.array(store.table(LABELS))[:, 0] if labelled else None

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .._backend import overload
-from .._ops.selection import OBJECTIVES
+from .._ops.selection import AUTO, COSINE, MAX_MIN, OBJECTIVES, SQEUCLIDEAN
 from .inputs import metric_number, number_to_choose, points_and_mask
 from .result import Selection
+
+SWEEPS = 10
+"""Of swaps over all points chosen by max-sum, at most."""
 
 
 class FarthestPair(NamedTuple):
@@ -70,6 +75,7 @@ def k_dispersion(
     metric: str = "euclidean",
     refine: bool = True,
     mask: Tensor | np.ndarray | None = None,
+    process_group: Any = None,
     backend: str | None = None,
 ) -> Selection:
     """Chooses k points far from each other: greedy from the exact farthest pair, then swaps.
@@ -90,6 +96,9 @@ def k_dispersion(
         that it replaced.
     mask : bool Tensor or array of shape (n,), optional
         Points that are False are as if absent.
+    process_group : torch.distributed.ProcessGroup, optional
+        As in `k_center`: each process calls with its own shard. max-min makes many choices to one exchange, max-sum
+        and the swaps of `refine` take one for each.
     backend : str, optional
 
     Returns
@@ -105,6 +114,8 @@ def k_dispersion(
     ------
     ValueError, TypeError
         Naming the argument.
+    RuntimeError
+        With `process_group`, when a rank ended or did not answer within the group's time-out.
 
     Examples
     --------
@@ -113,13 +124,48 @@ def k_dispersion(
     >>> pf.k_dispersion(points, 3).indices
     tensor([0, 4, 2])
     """
+    if process_group is not None:
+        from . import distributed
+
+        return distributed.k_dispersion(
+            points,
+            k,
+            objective=objective,
+            metric=metric,
+            refine=refine,
+            mask=mask,
+            process_group=process_group,
+            backend=backend,
+        )
     if objective not in OBJECTIVES:
         raise ValueError(f"objective is {objective!r}; choose one of {', '.join(map(repr, OBJECTIVES))}")
     number = metric_number(metric)
     points, mask = points_and_mask(points, number, mask)
     k = number_to_choose(k, points, mask)
-    device = points.device.type
-    run = overload("k_dispersion", device, backend)
-    indices, value, bound = run(points, mask, k, OBJECTIVES.index(objective), number, bool(refine))
-    radii, labels, distances = overload("cover", device, backend)(points, indices, mask, number)
+    indices, value, bound = disperse(points, mask, k, OBJECTIVES.index(objective), number, refine, backend)
+    radii, labels, distances = overload("cover", points.device.type, backend)(points, indices, mask, number)
     return Selection(indices, radii, labels, distances, value, bound)
+
+
+def disperse(
+    points: Tensor, mask: Tensor | None, k: int, objective: int, metric: int, refine: bool, backend: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`k_dispersion` of checked arguments: indices, objective and bound."""
+
+    def run(op: str, *arguments: Any) -> Any:
+        return overload(op, points.device.type, backend)(points, *arguments)
+
+    if k == 1:  # no pair: any point is an optimum
+        first = torch.zeros(1, dtype=torch.int64, device=points.device)
+        value = points.new_full((), math.inf if objective == MAX_MIN else 0.0, dtype=torch.float64)
+        return first if mask is None else mask.byte().argmax().reshape(1), value, value.clone()
+    pair, diameter = run("farthest_pair", mask, metric)
+    if objective == MAX_MIN:
+        indices, radii, labels, distances = run("k_center", pair, mask, k, metric, AUTO)
+        indices, value = run("max_min_swaps", indices, labels, distances, mask, metric, k if refine else 0)
+        # Of k points two lie nearest to the same of k−1 centers with covering radius r, so at most 2r apart: squared
+        # distances (2r)². The diameter bounds too.
+        scale = 4 if metric in (SQEUCLIDEAN, COSINE) else 2
+        return indices, value, torch.minimum(scale * radii[k - 2], diameter)
+    indices, value, bound = run("max_sum", pair, mask, k, metric, SWEEPS if refine else 0)
+    return indices, value, torch.minimum(diameter * (k * (k - 1) / 2), bound)

@@ -64,7 +64,7 @@ def k_center(
         farthest point. `initial` stays, and what else stays keeps its place. Up to
         3000 allowed points a search on all n² distances, which often finds the optimum; beyond, swaps as long as
         one of those tried helps. The work is bounded and counted, never timed: for few points 1000 swaps in a row
-        without success, for many about 5·n·k distances. The result depends on nothing but the input.
+        without success, for many about 5·n·(k + 16) distances. The result depends on nothing but the input.
     engine : {"auto", "plain", "boxes", "pool"}, default "auto"
         How, never what: all give the same result, and "auto" takes the one that should be the fastest here. "plain"
         measures every point against every choice, "boxes" leaves out groups of near points that a choice is too far

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,7 +14,8 @@ from .._ops.selection import METRICS, PRECOMPUTED
 
 LARGEST = 1e150
 """Coordinates beyond it have squares that float64 cannot hold."""
-ROWS = 4096
+NUMBERS = 1 << 22
+"""That are looked at together, so that points larger than memory can be."""
 
 
 def tensor(name: str, value: Tensor | np.ndarray) -> Tensor:
@@ -21,9 +23,13 @@ def tensor(name: str, value: Tensor | np.ndarray) -> Tensor:
         return value.detach()
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{name} is a {type(value).__name__}; give a tensor or a numpy array")
-    if any(stride < 0 for stride in value.strides) or not value.flags.writeable:
+    if any(stride < 0 for stride in value.strides):
         value = value.copy()  # torch cannot share these
-    return torch.from_numpy(value)
+    if value.flags.writeable:
+        return torch.from_numpy(value)
+    with warnings.catch_warnings():  # a file mapped for reading: shared all the same, as nothing here writes into it
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+        return torch.from_numpy(value)
 
 
 def metric_number(metric: str) -> int:
@@ -55,11 +61,14 @@ def points_and_mask(
         if mask.device != points.device:
             raise ValueError(f"mask is on {mask.device}; move it to the points' {points.device}")
     if not torch.compiler.is_compiling():
-        _check_values(points, metric, mask)
+        check_values(points, metric, mask)
     return points, mask
 
 
-def _check_values(points: Tensor, metric: int, mask: Tensor | None) -> None:
+def check_values(
+    points: Tensor, metric: int, mask: Tensor | None = None, *, name: str = "points", first: int = 0
+) -> None:
+    """Rows are counted from `first` on."""
     if mask is not None and not bool(mask.any()):
         raise ValueError("mask is False everywhere; at least one point must be allowed")
     if points.shape[1] == 0:
@@ -67,19 +76,21 @@ def _check_values(points: Tensor, metric: int, mask: Tensor | None) -> None:
     precomputed = metric == PRECOMPUTED
     low, high = (0.0, float("inf")) if precomputed else (-LARGEST, LARGEST)
     needs = "distances ≥ 0 (infinity allowed)" if precomputed else f"finite numbers of at most {LARGEST:g}"
-    least, most = points.aminmax()
-    if not (least >= low and most <= high):  # NaN compares False
-        for start in range(0, points.shape[0], ROWS):
-            rows = points[start : start + ROWS]
-            bad = ~((rows >= low) & (rows <= high))
-            if mask is not None:
-                bad &= mask[start : start + ROWS, None]
-                if precomputed:
-                    bad &= mask
-            if bad.any():
-                row, column = bad.nonzero()[0].tolist()
-                value = rows[row, column].item()
-                raise ValueError(f"points holds {value} in row {start + row}, column {column}; give {needs}")
+    step = max(1, NUMBERS // points.shape[1])
+    for start in range(0, points.shape[0], step):
+        rows = points[start : start + step]
+        least, most = rows.aminmax()
+        if least >= low and most <= high:
+            continue  # NaN compares False
+        bad = ~((rows >= low) & (rows <= high))
+        if mask is not None:
+            bad &= mask[start : start + step, None]
+            if precomputed:
+                bad &= mask
+        if bad.any():
+            row, column = bad.nonzero()[0].tolist()
+            value = rows[row, column].item()
+            raise ValueError(f"{name} holds {value} in row {first + start + row}, column {column}; give {needs}")
     if precomputed:
         wrong = points.diagonal() != 0
         if mask is not None:

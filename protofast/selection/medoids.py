@@ -1,4 +1,4 @@
-"""k-medoids by Voronoi iteration, which PXGen's code calls k-center."""
+"""k-medoids: Voronoi iteration, which PXGen's code calls k-center, and swaps."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ def k_medoids(
     metric: str = "manhattan",
     start: Tensor | np.ndarray | Sequence[int] | torch.Generator | None = None,
     max_iter: int = 100,
+    refine: bool = False,
     backend: str | None = None,
 ) -> Selection:
     """Chooses k points so that the sum of distances to the nearest chosen one is small: Voronoi iteration.
 
     Assigns each point to its nearest medoid (the first of equals), makes the point with the least sum of distances
     inside each cluster its medoid (the lowest index of equals), and repeats until the medoids stay (Park and Jun
-    2009). A local optimum that depends on the start.
+    2009). A local optimum that depends on the start. With `refine`, swaps of a medoid for another point follow, each
+    made as soon as it lowers the sum, until none does (Schubert and Rousseeuw 2021): a much better local optimum.
 
     Parameters
     ----------
@@ -40,6 +42,8 @@ def k_medoids(
     start : integer Tensor, array or sequence of shape (k,), torch.Generator, or None
         The first medoids: distinct indices, k random ones, or (None) the evenly spaced i·n // k.
     max_iter : int, default 100
+        Iterations at most; passes over all points at most, of `refine`.
+    refine : bool, default False
     backend : str, optional
 
     Returns
@@ -56,7 +60,7 @@ def k_medoids(
     Warns
     -----
     RuntimeWarning
-        When `max_iter` iterations were not enough.
+        When `max_iter` was not enough.
 
     Notes
     -----
@@ -83,7 +87,7 @@ def k_medoids(
         first = index_list("start", start, k, points, None)
         if len(first) != k:
             raise ValueError(f"start holds {len(first)} indices; give k = {k}")
-    indices, settled = overload("k_medoids", device.type, backend)(points, first, number, max_iter)
+    indices, settled = overload("k_medoids", device.type, backend)(points, first, number, max_iter, refine)
     if not torch.compiler.is_compiling() and not settled:
         warnings.warn(
             f"k_medoids stopped after max_iter={max_iter} iterations with medoids still moving; raise max_iter",

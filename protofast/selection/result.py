@@ -10,6 +10,7 @@ from torch import Tensor
 @dataclass(frozen=True, eq=False)
 class Selection:
     """Chosen points and how they cover the others. All tensors are on the points' device (the CPU for numpy input).
+    Of several clouds at once (`k_center`) each field has a leading B.
 
     Attributes
     ----------
@@ -39,4 +40,4 @@ class Selection:
     bound: Tensor
 
     def __len__(self) -> int:
-        return self.indices.shape[0]
+        return self.indices.shape[-1]

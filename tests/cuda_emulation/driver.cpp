@@ -1,8 +1,7 @@
 // The prototype kernels on the CPU, for ctypes. A layout is 17 numbers: samples, channels, prototypes, topk, size[4],
 // kernel[4]; then the strides of sample, channel and the four axes come on their own.
-#include <memory>
-
 #include "../../csrc/cuda/prototype.h"
+#include "scratch.h"
 
 using namespace protofast;
 
@@ -18,25 +17,12 @@ FeatureMap map_of(void* data, const int64_t* stride) {
   return {data, stride[0], stride[1], {stride[2], stride[3], stride[4], stride[5]}};
 }
 
-std::vector<std::unique_ptr<char[]>> kept;
-
-void* scratch(int64_t size) {  // filled, so that what is not written shows
-  kept.push_back(std::make_unique<char[]>(static_cast<size_t>(size)));
-  memset(kept.back().get(), 0x7d, static_cast<size_t>(size));
-  return kept.back().get();
-}
-
-const char* done(const char* problem) {
-  kept.clear();
-  return problem;
-}
-
 }  // namespace
 
 extern "C" {
 
 void emulate(int multiprocessors, int descending) {
-  emulation::machine.multiprocessors = multiprocessors, emulation::machine.descending = descending;
+  emulation::device.multiprocessors = multiprocessors, emulation::device.descending = descending;
 }
 
 const char* search(const int64_t* shape, void* x, const int64_t* stride, const void* p, const bool* mask,

@@ -1,22 +1,34 @@
 // Runs CUDA sources on the CPU, to find a wrong index where there is no GPU. The threads of a block are fibers; blocks
-// run one after another, so `__shared__` is `static`. Include it before all else: it takes the place of mma.cuh too.
+// run one after another, so `__shared__` is `static`. With EMULATE_TOGETHER, the blocks of a cooperative launch run at
+// once, a thread of the system each, which has its own `__shared__`. Include it before all else: it takes the place of
+// mma.cuh and grid.cuh too.
 #pragma once
 
 #include <math.h>
+#include <sched.h>
 #include <setjmp.h>
 #include <string.h>
 #include <ucontext.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <memory>
+#include <thread>
 #include <vector>
 
 #define __global__
 #define __device__
 #define __host__
-#define __shared__ static
+#ifdef EMULATE_TOGETHER
+#define PER_BLOCK thread_local
+#else
+#define PER_BLOCK
+#endif
+#define __shared__ static PER_BLOCK
 #define __grid_constant__
 #define __launch_bounds__(...)
 
@@ -25,6 +37,12 @@ namespace emulation {
 struct Place {
   unsigned x = 0, y = 0, z = 0;
 };
+
+}  // namespace emulation
+
+inline PER_BLOCK emulation::Place blockDim, gridDim;
+
+namespace emulation {
 
 // Threads that wait for each other: a block or a warp.
 struct Group {
@@ -46,9 +64,14 @@ struct Fiber {
 constexpr int WARP = 32, MOST = 1024;
 constexpr size_t STACK = 1 << 16;
 
-inline struct Machine {
+inline struct Device {
   int multiprocessors = 4;
   bool descending = false;  // the order of the threads: results must not depend on it
+  bool cooperative = true;  // whether blocks can run at once
+  int shared = 227 << 10;   // bytes that a block may have
+} device;
+
+inline PER_BLOCK struct Machine {
   Place block;
   Fiber fiber[MOST];
   Fiber* current = nullptr;
@@ -56,7 +79,8 @@ inline struct Machine {
   jmp_buf scheduler;
   Group all, warp[MOST / WARP];
   uint64_t slot[MOST][6];
-  std::vector<char> stacks = std::vector<char>(MOST * STACK);
+  std::unique_ptr<char[]> stacks{new char[MOST * STACK]};  // untouched until used
+  std::vector<double> shared;                              // of a size set at the launch
   std::function<void()> body;
   int64_t steps = 0;
 } machine;
@@ -99,9 +123,11 @@ inline void go_on(Fiber& fiber) {
   swapcontext(&machine.end, &fiber.context);
 }
 
-inline void run(unsigned blocks, int threads, std::function<void()> body) {
+inline void run(unsigned first, unsigned end, unsigned blocks, int threads, size_t shared, std::function<void()> body) {
   machine.body = std::move(body);
-  for (machine.block.x = 0; machine.block.x < blocks; ++machine.block.x) {
+  gridDim.x = blocks, blockDim.x = static_cast<unsigned>(threads);
+  for (machine.block.x = first; machine.block.x < end; ++machine.block.x) {
+    machine.shared.assign(shared / 8 + 1, -7e77);  // what is not written shows
     machine.all = {threads};
     for (Group& warp : machine.warp) warp = {};
     for (int i = 0; i < threads; ++i) {
@@ -109,7 +135,7 @@ inline void run(unsigned blocks, int threads, std::function<void()> body) {
       fiber.place.x = static_cast<unsigned>(i), fiber.done = fiber.started = false;
       ++machine.warp[i / WARP].alive;
       getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = machine.stacks.data() + i * STACK;
+      fiber.context.uc_stack.ss_sp = machine.stacks.get() + i * STACK;
       fiber.context.uc_stack.ss_size = STACK;
       makecontext(&fiber.context, start, 0);
     }
@@ -117,7 +143,7 @@ inline void run(unsigned blocks, int threads, std::function<void()> body) {
       left = false;
       const int64_t before = machine.steps;
       for (int i = 0; i < threads; ++i) {
-        Fiber& fiber = machine.fiber[machine.descending ? threads - 1 - i : i];
+        Fiber& fiber = machine.fiber[device.descending ? threads - 1 - i : i];
         if (fiber.done) continue;
         go_on(fiber);
         left = left || !fiber.done;
@@ -165,6 +191,30 @@ To bits(From value) {
 inline void __syncthreads() { emulation::wait(emulation::machine.all, "block"); }
 inline void __syncwarp() { emulation::wait(emulation::own_warp(), "warp"); }
 
+using std::max;
+using std::min;
+
+inline bool __any_sync(unsigned, bool predicate) {
+  return emulation::exchange("any", predicate, [](auto of) {
+    bool out = false;
+    for (int i = 0; i < emulation::WARP; ++i) out = out || of(i);
+    return out;
+  });
+}
+template <class Better>
+unsigned emulate_reduce(const char* what, unsigned value, Better better) {
+  return emulation::exchange(what, value, [&](auto of) {
+    unsigned out = of(0);
+    for (int i = 1; i < emulation::WARP; ++i) out = better(out, of(i));
+    return out;
+  });
+}
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  return emulate_reduce("reduce_max", value, [](unsigned a, unsigned b) { return a > b ? a : b; });
+}
+inline unsigned __reduce_min_sync(unsigned, unsigned value) {
+  return emulate_reduce("reduce_min", value, [](unsigned a, unsigned b) { return a < b ? a : b; });
+}
 inline unsigned __ballot_sync(unsigned, bool predicate) {
   return emulation::exchange("ballot", predicate, [](auto of) {
     unsigned out = 0;
@@ -219,25 +269,83 @@ struct dim3 {
 };
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrCooperativeLaunch
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int cooperative;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 inline cudaError_t cudaGetDevice(int*) { return cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = emulation::machine.multiprocessors;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const emulation::Device& device = emulation::device;
+  *value = attribute == cudaDevAttrMultiProcessorCount            ? device.multiprocessors
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? device.shared
+                                                                  : device.cooperative;
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t size, cudaStream_t) {
+  memset(to, value, size);
+  return cudaSuccess;
+}
+template <class Function>
+cudaError_t cudaFuncSetAttribute(Function, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+template <class Function>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Function, int, size_t) {
+  *blocks = 1;
   return cudaSuccess;
 }
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
-  emulation::run(config->gridDim.x, static_cast<int>(config->blockDim.x), [&] { kernel(arguments...); });
+  const unsigned blocks = config->gridDim.x;
+  const auto run = [&](unsigned first, unsigned end) {
+    emulation::run(first, end, blocks, static_cast<int>(config->blockDim.x), config->dynamicSmemBytes,
+                   [&] { kernel(arguments...); });
+  };
+  if (config->numAttrs == 0) {
+    run(0, blocks);
+  } else {
+    std::vector<std::thread> at_once;
+    for (unsigned block = 0; block < blocks; ++block) at_once.emplace_back(run, block, block + 1);
+    for (std::thread& thread : at_once) thread.join();
+  }
   return cudaSuccess;
 }
+
+// --- in place of grid.cuh ---
+
+#define PROTOFAST_GRID_CUH
+
+namespace protofast {
+
+inline char* dynamic_shared() { return reinterpret_cast<char*>(emulation::machine.shared.data()); }
+
+inline uint64_t observed(const uint64_t* at) { return std::atomic_ref(*const_cast<uint64_t*>(at)).load(); }
+
+inline void meet(unsigned long long* arrived, uint64_t parts, uint64_t turn) {
+  std::atomic_ref counter(*arrived);
+  for (counter.fetch_add(1); counter.load() < parts * turn;) sched_yield();
+}
+
+}  // namespace protofast
 
 // --- in place of mma.cuh: the fragments of PTX's mma.m16n8, in words of 32 bits ---
 

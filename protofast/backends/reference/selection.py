@@ -1,4 +1,4 @@
-"""Selection in plain torch: greedy, local search and Voronoi iteration on direct float64 distances.
+"""Selection in plain torch: greedy and local search on direct float64 distances.
 
 The engines of other backends must make the choices that these make: the largest (or least) value, the lowest index
 among equals.
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from protofast._ops import implement
-from protofast._ops.selection import EUCLIDEAN, MANHATTAN, MAX_MIN, PRECOMPUTED
+from protofast._ops.selection import EUCLIDEAN, MANHATTAN, PRECOMPUTED
 
 from .farthest import farthest_pair as _farthest
 from .space import Space
@@ -95,29 +95,26 @@ def nearest_to_mean(points: Tensor, mask: Tensor | None, metric: int) -> Tensor:
     return space.index(values.argmin().reshape(1))
 
 
-def k_dispersion(
-    points: Tensor, mask: Tensor | None, k: int, objective: int, metric: int, refine: bool
+def max_min_swaps(
+    points: Tensor, indices: Tensor, labels: Tensor, distances: Tensor, mask: Tensor | None, metric: int, swaps: int
+) -> tuple[Tensor, Tensor]:
+    space, k = Space(points, mask, metric), len(indices)
+    chosen = space.position(indices)
+    if swaps > 0:
+        chosen = _refine_min(space, chosen, swaps)
+    smallest = [space.to(chosen[i], chosen[i + 1 :]).min() for i in range(k - 1)]
+    value = torch.stack(smallest).min() if k > 1 else points.new_full((), math.inf, dtype=torch.float64)
+    return space.index(chosen).clone(), space.distance(value).clone()
+
+
+def max_sum(
+    points: Tensor, initial: Tensor, mask: Tensor | None, k: int, metric: int, sweeps: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     space = Space(points, mask, metric)
-    if k == 1:  # no pair: any point is an optimum
-        value = torch.full((), math.inf if objective == MAX_MIN else 0.0, dtype=torch.float64, device=space.device)
-        return space.index(torch.zeros(1, dtype=torch.int64, device=space.device)), value, value.clone()
-    pair, diameter = _farthest(space)
-    if objective == MAX_MIN:
-        chosen, radii, _, _ = _greedy(space, pair, k)
-        # Of k points two lie nearest to the same of k−1 centers with covering radius r, so at most 2r apart. The
-        # diameter bounds too. Values of squares: (2r)².
-        scale = 2 if metric in (MANHATTAN, PRECOMPUTED) else 4
-        bound = space.distance(torch.minimum(scale * radii[k - 2], diameter))
-        if refine:
-            chosen = _refine_min(space, chosen)
-        smallest = [space.to(chosen[i], chosen[i + 1 :]).min() for i in range(k - 1)]
-        return space.index(chosen), space.distance(torch.stack(smallest).min()), bound
-    chosen, sums = _greedy_sum(space, pair, k)
-    if refine:
-        chosen = _refine_sum(space, chosen, sums)
-    total = torch.stack([space.distance(space.to(chosen[i], chosen[i + 1 :])).sum() for i in range(k - 1)]).sum()
-    return space.index(chosen), total, _bound_sum(space, chosen, diameter)
+    chosen, sums = _greedy_sum(space, space.position(initial), k)
+    chosen = _refine_sum(space, chosen, sums, sweeps)
+    parts = [space.distance(space.to(chosen[i], chosen[i + 1 :])).sum() for i in range(k)]
+    return space.index(chosen), torch.stack(parts).sum(), _detour(space, chosen)
 
 
 class _TwoNearest:
@@ -131,20 +128,22 @@ class _TwoNearest:
             self.insert(space.to(one, at), number)
 
     def insert(self, values: Tensor, number: int) -> None:
-        first, second = values < self.value[0], values < self.value[1]
+        # Of equals the first in the list, whatever the order in which they come.
+        before = number < self.label
+        first, second = (values < self.value) | ((values == self.value) & before)
         self.value[1] = torch.where(first, self.value[0], torch.where(second, values, self.value[1]))
         self.label[1] = torch.where(first, self.label[0], torch.where(second, number, self.label[1]))
         self.value[0] = torch.where(first, values, self.value[0])
         self.label[0] = torch.where(first, number, self.label[0])
 
 
-def _refine_min(space: Space, chosen: Tensor) -> Tensor:
-    """Swaps an end of the closest chosen pair for the point farthest from the others, at most k times, each time
-    raising the smallest distance."""
+def _refine_min(space: Space, chosen: Tensor, swaps: int) -> Tensor:
+    """Swaps an end of the closest chosen pair for the point farthest from the others, each time raising the smallest
+    distance."""
     k = len(chosen)
     chosen = chosen.clone()
     near = _TwoNearest(space, chosen)
-    for _ in range(k if 2 < k < space.count else 0):
+    for _ in range(swaps if 2 < k < space.count else 0):
         # A chosen point is its own nearest, so its second nearest is the nearest other.
         other, partner = near.value[1, chosen], near.label[1, chosen]
         one = int(other.argmin())
@@ -176,24 +175,24 @@ def _refine_min(space: Space, chosen: Tensor) -> Tensor:
     return chosen
 
 
-def _greedy_sum(space: Space, pair: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _greedy_sum(space: Space, initial: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Adds the point with the largest sum of distances to those chosen (Ravi, Rosenkrantz and Tayi 1994)."""
     sums = torch.zeros(space.count, dtype=torch.float64, device=space.device)
     free = torch.ones(space.count, dtype=torch.bool, device=space.device)
     chosen: list[Tensor] = []
     for number in range(k):
-        new = pair[number] if number < 2 else torch.where(free, sums, -1).argmax()
+        new = initial[number] if number < len(initial) else torch.where(free, sums, -1).argmax()
         free[new] = False
         sums += space.distance(space.to(new))
         chosen.append(new)
     return torch.stack(chosen), sums
 
 
-def _refine_sum(space: Space, chosen: Tensor, sums: Tensor) -> Tensor:
+def _refine_sum(space: Space, chosen: Tensor, sums: Tensor, sweeps: int) -> Tensor:
     """Sweeps over the chosen points and swaps each for the point that raises the total most, until a sweep changes
-    nothing; at most ten sweeps."""
+    nothing."""
     chosen = chosen.clone()
-    for _ in range(10 if len(chosen) < space.count else 0):
+    for _ in range(sweeps if len(chosen) < space.count else 0):
         before = chosen.clone()
         for number in range(len(chosen)):
             old = chosen[number]
@@ -210,45 +209,20 @@ def _refine_sum(space: Space, chosen: Tensor, sums: Tensor) -> Tensor:
     return chosen
 
 
-def _bound_sum(space: Space, chosen: Tensor, diameter: Tensor) -> Tensor:
-    """No k points have a larger total than this: the diameter bounds each pair; and so does a detour over a center c,
-    Σ_{i<j} d(i, j) ≤ (k−1) Σ_i d(i, c), or in euclidean geometry Σ_{i<j} |x_i−x_j|² = k Σ |x_i−c|² − |Σ (x_i−c)|²
-    with Cauchy and Schwarz for the sum of the roots. The k points farthest from c make either largest."""
+def _detour(space: Space, chosen: Tensor) -> Tensor:
+    """No k points have a larger total than this: a detour over a center c, Σ_{i<j} d(i, j) ≤ (k−1) Σ_i d(i, c), or in
+    euclidean geometry Σ_{i<j} |x_i−x_j|² = k Σ |x_i−c|² − |Σ (x_i−c)|² with Cauchy and Schwarz for the sum of the
+    roots. The k points farthest from c make either largest."""
     k, metric = len(chosen), space.metric
-    pairs = k * (k - 1) / 2
     if metric == PRECOMPUTED:
-        detour = torch.stack([space.to(c).topk(k).values.sum() for c in chosen]).min() * (k - 1)
-    else:
-        center = torch.cat([space.coordinates(c.reshape(1)) for c in chosen]).mean(0, keepdim=True)
-        far = space.to_vector(center).topk(k).values.sum()
-        if metric == MANHATTAN:
-            detour = far * (k - 1)
-        elif metric == EUCLIDEAN:
-            detour = (pairs * k * far).sqrt()
-        else:
-            detour = space.distance(k * far)
-    return torch.minimum(space.distance(diameter) * pairs, detour)
-
-
-def k_medoids(points: Tensor, initial: Tensor, metric: int, max_iter: int) -> tuple[Tensor, Tensor]:
-    space = Space(points, None, metric)
-    medoids, settled = initial.clone(), False
-    numbers = torch.arange(len(medoids), device=space.device)
-    for _ in range(max_iter):
-        nearest = space.to(medoids[0])
-        labels = torch.zeros(space.count, dtype=torch.int64, device=space.device)
-        for number in range(1, len(medoids)):
-            values = space.to(medoids[number])
-            labels = torch.where(values < nearest, number, labels)
-            nearest = torch.minimum(values, nearest)
-        labels[medoids] = numbers  # of coincident medoids each keeps itself, so that none is lost
-        clusters = labels.argsort(stable=True).split(labels.bincount(minlength=len(medoids)).tolist())
-        new = torch.stack([members[space.total(members).argmin()] for members in clusters])
-        settled = torch.equal(new, medoids)
-        if settled:
-            break
-        medoids = new
-    return medoids, torch.tensor(settled, device=space.device)
+        return torch.stack([space.to(c).topk(k).values.sum() for c in chosen]).min() * (k - 1)
+    center = torch.cat([space.coordinates(c.reshape(1)) for c in chosen]).mean(0, keepdim=True)
+    far = space.to_vector(center).topk(k).values.sum()
+    if metric == MANHATTAN:
+        return far * (k - 1)
+    if metric == EUCLIDEAN:
+        return (k * (k - 1) / 2 * k * far).sqrt()
+    return space.distance(k * far)
 
 
 implement("k_center", "reference", ["default"], k_center)
@@ -256,5 +230,5 @@ implement("relax", "reference", ["default"], relax)
 implement("cover", "reference", ["default"], cover)
 implement("farthest_pair", "reference", ["default"], farthest_pair)
 implement("nearest_to_mean", "reference", ["default"], nearest_to_mean)
-implement("k_dispersion", "reference", ["default"], k_dispersion)
-implement("k_medoids", "reference", ["default"], k_medoids)
+implement("max_min_swaps", "reference", ["default"], max_min_swaps)
+implement("max_sum", "reference", ["default"], max_sum)

@@ -5,12 +5,11 @@ how it is rounded is laid down in protofast/_ops/selection.py. Cosine is euclide
 1 − cos = ½|û−v̂|²; a zero vector gets a direction of its own.
 """
 
-import math
-
+import numpy as np
 import torch
 from torch import Tensor
 
-from protofast._ops.selection import COSINE, EUCLIDEAN, MANHATTAN, PRECOMPUTED, SQEUCLIDEAN
+from protofast._ops.selection import COSINE, EUCLIDEAN, MANHATTAN, PRECOMPUTED
 
 TILE = {"cpu": 1 << 18}  # float64 numbers in a temporary: 2 MiB stays in a core's cache
 TILE_ELSEWHERE = 1 << 24
@@ -26,7 +25,7 @@ class Space:
         self.dim = points.shape[1]
         self.norms: Tensor | None = None
         if metric == COSINE:
-            norms = [lanes(self._raw(slice(lo, hi)).square()).sqrt() for lo, hi in self.spans(self.count, self.dim)]
+            norms = [root(lanes(self._raw(slice(lo, hi)).square())) for lo, hi in self.spans(self.count, self.dim)]
             self.norms = torch.cat(norms)
             self.dim += 1  # the direction of zero vectors
 
@@ -49,7 +48,7 @@ class Space:
 
     def distance(self, value: Tensor) -> Tensor:
         if self.metric == EUCLIDEAN:
-            return value.sqrt()
+            return root(value)
         return value / 2 if self.metric == COSINE else value
 
     def length(self, value: Tensor) -> Tensor:
@@ -105,41 +104,23 @@ class Space:
             total += self.coordinates(slice(lo, hi)).sum(0)
         return total / self.count
 
-    def total(self, members: Tensor) -> Tensor:
-        """Sum of the distances from each member to all members."""
-        out = torch.zeros(members.shape[0], dtype=torch.float64, device=self.device)
-        if self.metric == PRECOMPUTED:
-            for lo, hi in self.spans(len(members), self.points.shape[1]):
-                out[lo:hi] = self._raw(members[lo:hi])[:, self.index(members)].sum(1)
-            return out
-        step = max(1, min(math.isqrt(4 * self.tile), 8 * self.tile // max(self.dim, 1)))
-        for lo in range(0, len(members), step):
-            x = self.coordinates(members[lo : lo + step])
-            for start in range(0, len(members), step):
-                out[lo : lo + step] += self._block(x, self.coordinates(members[start : start + step])).sum(1)
-        return out
 
-    def _block(self, x: Tensor, y: Tensor) -> Tensor:
-        """Distances between two small sets of coordinates."""
-        if self.metric in (SQEUCLIDEAN, COSINE):  # cdist would take the root first
-            out = x.new_zeros(len(x), len(y))
-            for left, right in zip(x.T, y.T, strict=True):
-                gap = left[:, None] - right
-                out.addcmul_(gap, gap)
-            return self.distance(out)
-        return direct_cdist(x, y, self.metric)
+def root(value: Tensor) -> Tensor:
+    """Square roots, rounded right: of a long tensor on the CPU torch's may be off in the last bit (MKL's are)."""
+    return torch.as_tensor(np.sqrt(value.numpy())) if value.device.type == "cpu" else value.sqrt()
 
 
-def lanes(terms: Tensor) -> Tensor:
-    """Sums (...) of terms (..., dim) in the order that every backend keeps; overwrites them."""
-    total = terms[..., :LANES]
-    for start in range(LANES, terms.shape[-1], LANES):
-        more = terms[..., start : start + LANES]
+def lanes(terms: Tensor, count: int = LANES) -> Tensor:
+    """Sums (...) of terms (..., dim) in the order that every backend keeps, in so many lanes; overwrites them."""
+    total = terms[..., :count]
+    for start in range(count, terms.shape[-1], count):
+        more = terms[..., start : start + count]
         total[..., : more.shape[-1]] += more
-    for half in (4, 2, 1):
-        upper = total[..., half:]
+    while count > 1:
+        count //= 2
+        upper = total[..., count:]
         total[..., : upper.shape[-1]] += upper
-        total = total[..., :half]
+        total = total[..., :count]
     return total.sum(-1)  # of one number, or none
 
 

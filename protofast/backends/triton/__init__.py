@@ -12,6 +12,7 @@ _KERNELS = {
     "ddim": ("ddim_coefficients", "ddim_step", "ddim_step_out"),
     "philox": ("philox_normal",),
     "prototype": ("prototype_activation", "prototype_backward", "prototype_map"),
+    "selection": ("k_center", "cover", "relax"),
 }
 """module of this package -> the ops it implements, by functions of the same names."""
 
