@@ -18,8 +18,8 @@ struct MedoidsKernels {
 
 namespace op {
 
-std::tuple<Tensor, Tensor> k_medoids(const MedoidsKernels&, const Tensor& points, const Tensor& initial,
-                                     int64_t metric, int64_t max_iter, bool refine);
+std::tuple<Tensor, Tensor> k_medoids(const MedoidsKernels&, const Tensor& points, const Tensor& initial, int64_t metric,
+                                     int64_t max_iter, bool refine);
 
 }  // namespace op
 

@@ -29,6 +29,7 @@ struct KCenter {
   Engine engine;
   const int64_t* initial;
   int64_t given, k;
+  bool assign;  // whether labels and distances are wanted; they may be written to either way
   int64_t* indices;
   double* radii;
   int64_t* labels;

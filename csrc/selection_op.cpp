@@ -6,7 +6,7 @@ namespace protofast::op {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> k_center(const SelectionKernels& kernels, const Tensor& points_tensor,
                                                     const Tensor& initial, const MaybeTensor& mask, int64_t k,
-                                                    int64_t metric, int64_t engine) {
+                                                    int64_t metric, int64_t engine, bool assign) {
   const View points(points_tensor), first(initial);
   check_same("initial", first, points, numbers().int64);
   Temporaries kept(points);
@@ -17,25 +17,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> k_center(const SelectionKernels& kern
   args.engine = Engine(engine);
   STD_TORCH_CHECK(first.dim == points.dim - 1 && (first.dim == 1 || first.sizes[0] == args.points.clouds),
                   "initial must be (m) for points (n, d), or (clouds, m)");
-  args.given = first.sizes[first.dim - 1], args.k = k;
+  args.given = first.sizes[first.dim - 1], args.k = k, args.assign = assign;
   STD_TORCH_CHECK(1 <= args.given && args.given <= k, "initial must hold 1 to k indices");
   args.initial = static_cast<const int64_t*>(kept.packed(initial).data_ptr());
   const int64_t many = args.points.clouds, n = args.points.count;
   std::tuple<Tensor, Tensor, Tensor, Tensor> out(
       table(points, many, k, numbers().int64), table(points, many, k, numbers().f64),
-      table(points, many, n, numbers().int64), table(points, many, n, numbers().f64));
+      table(points, many, assign ? n : 0, numbers().int64), table(points, many, assign ? n : 0, numbers().f64));
   args.indices = static_cast<int64_t*>(std::get<0>(out).data_ptr());
   args.radii = static_cast<double*>(std::get<1>(out).data_ptr());
-  args.labels = static_cast<int64_t*>(std::get<2>(out).data_ptr());
-  args.distances = static_cast<double*>(std::get<3>(out).data_ptr());
   args.device = points.device, args.scratch = kept.scratch();
+  args.labels = static_cast<int64_t*>(assign ? std::get<2>(out).data_ptr() : args.scratch(many * n * 8));
+  args.distances = static_cast<double*>(assign ? std::get<3>(out).data_ptr() : args.scratch(many * n * 8));
   if (many > 0 && n > 0) kernels.k_center(args);
   return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> cover(const SelectionKernels& kernels, const Tensor& points, const Tensor& indices,
                                          const MaybeTensor& mask, int64_t metric) {
-  auto all = k_center(kernels, points, indices, mask, View(indices).numel, metric, int64_t(Engine::automatic));
+  auto all = k_center(kernels, points, indices, mask, View(indices).numel, metric, int64_t(Engine::automatic), true);
   return {std::get<1>(all), std::get<2>(all), std::get<3>(all)};
 }
 

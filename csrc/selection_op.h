@@ -21,7 +21,7 @@ namespace op {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> k_center(const SelectionKernels&, const Tensor& points,
                                                     const Tensor& initial, const MaybeTensor& mask, int64_t k,
-                                                    int64_t metric, int64_t engine);
+                                                    int64_t metric, int64_t engine, bool assign);
 std::tuple<Tensor, Tensor, Tensor> cover(const SelectionKernels&, const Tensor& points, const Tensor& indices,
                                          const MaybeTensor& mask, int64_t metric);
 std::tuple<Tensor, Tensor> relax(const SelectionKernels&, const Tensor& points, const Tensor& centers,

@@ -47,12 +47,14 @@ def cloud(kind, n, d, seed=0):
         return normal[rng.integers(0, max(1, n // 20), n)]
     if kind == "clusters":  # far apart
         return 100 * rng.standard_normal((6, d))[rng.integers(0, 6, n)] + normal
+    if kind == "mirror":  # sums that only rounding tells apart
+        return np.concatenate([normal[: (n + 1) // 2], -normal[: n // 2]])
     if kind == "equal":
         return np.full((n, d), 0.3)
     return normal
 
 
-KINDS = ("normal", "grid", "copies", "clusters", "equal")
+KINDS = ("normal", "grid", "copies", "clusters", "mirror", "equal")
 
 
 def as_points(x, metric):
@@ -144,7 +146,7 @@ def check(*args, **options):
 
 @needs_native
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("n", "d"), [(1, 1), (2, 3), (50, 1), (90, 9), (300, 2), (301, 17)])
+@pytest.mark.parametrize(("n", "d"), [(1, 1), (2, 3), (50, 1), (90, 9), (201, 17)])
 def test_native_medoids(kind, n, d):
     check(n, d, kind, ks=(1, min(n, 6)))
 
@@ -161,19 +163,23 @@ def test_native_swaps(kind, n, d):
 @pytest.mark.parametrize(
     ("n", "d", "kind", "metric"),
     [
-        (2500, 2, "normal", "euclidean"),  # cutting planes
-        (2500, 2, "grid", "euclidean"),
-        (2500, 30, "normal", "euclidean"),  # tiles
-        (2500, 30, "clusters", "euclidean"),
-        (1100, 6, "normal", "manhattan"),
-        (2500, 3, "grid", "manhattan"),  # sorted coordinates
-        (2500, 3, "normal", "sqeuclidean"),
-        (2500, 9, "copies", "cosine"),
+        (1500, 2, "normal", "euclidean"),  # cutting planes
+        (1500, 2, "grid", "euclidean"),
+        (1500, 2, "mirror", "euclidean"),
+        (900, 30, "normal", "euclidean"),  # tiles
+        (900, 30, "clusters", "euclidean"),
+        (900, 30, "mirror", "euclidean"),
+        (900, 20, "mirror", "manhattan"),
+        (1500, 3, "grid", "manhattan"),  # sorted coordinates
+        (1500, 3, "mirror", "manhattan"),
+        (1500, 3, "mirror", "sqeuclidean"),
+        (900, 9, "copies", "cosine"),
         (1500, 1, "copies", "precomputed"),
     ],
 )
 def test_native_medoids_of_large_clusters(n, d, kind, metric):
-    check(n, d, kind, metrics=(metric,), dtypes=(torch.float32,), ks=(1, 3))
+    for seed in range(2):
+        check(n, d, kind, metrics=(metric,), dtypes=(torch.float32,), ks=(1, 3), seed=seed)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -204,7 +210,7 @@ def _on_isa():
     from protofast import _C
 
     torch.set_num_threads(1)
-    cases = [(300, 2, "normal"), (400, 21, "normal"), (150, 40, "copies")]
+    cases = [(300, 2, "normal"), (300, 21, "normal")]
     found = [
         run("native") for n, d, kind in cases for _, run in runs(n, d, kind, dtypes=(torch.float32, torch.float16))
     ]
@@ -222,9 +228,9 @@ def test_every_instruction_set_makes_the_same_choices():
 
 @needs_native
 def test_every_number_of_threads_makes_the_same_choices():
-    cases = [(1500, 2, "normal"), (1500, 20, "normal"), (700, 5, "grid")]
+    cases = [(1500, 2, "normal"), (1500, 20, "normal"), (300, 12, "grid")]
     for n, d, kind in cases:
-        for case, run in runs(n, d, kind, dtypes=(torch.float32,), refine=n < 1000):
+        for case, run in runs(n, d, kind, dtypes=(torch.float32,), ks=(5,), refine=n < 1000):
             found = []
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
@@ -268,7 +274,7 @@ def test_points_that_nothing_reaches(backend):
     assert found.objective == np.inf
     found = pf.k_medoids(matrix, 2, metric="precomputed", start=[0, 1], refine=True, backend=backend)
     assert sorted(i // 20 for i in found.indices.tolist()) == [0, 1]
-    assert np.isfinite(found.objective)
+    assert found.objective < np.inf
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -59,7 +59,12 @@ MedoidsLoops loops(Dtype dtype) {
 class VoronoiIteration {
  public:
   VoronoiIteration(const KMedoids& args, const Cloud& cloud, const MedoidsLoops& loops)
-      : args_(args), cloud_(cloud), loops_(loops), values_(cloud.count), labels_(cloud.count, -1), before_(cloud.count),
+      : args_(args),
+        cloud_(cloud),
+        loops_(loops),
+        values_(cloud.count),
+        labels_(cloud.count, -1),
+        before_(cloud.count),
         changed_(args.k) {}
 
   bool run() {
@@ -107,8 +112,7 @@ class VoronoiIteration {
     for (int64_t m = 0; m < args_.k; ++m)
       for (int64_t c = 0; c < points.dim; ++c)
         std::memcpy(rows.data() + (m * points.dim + c) * size,
-                    static_cast<const char*>(points.data) +
-                        (args_.indices[m] * points.row + c * points.column) * size,
+                    static_cast<const char*>(points.data) + (args_.indices[m] * points.row + c * points.column) * size,
                     size);
     Relax relax{};
     relax.points = points, relax.measure = args_.measure;
@@ -141,8 +145,9 @@ class VoronoiIteration {
     }
     std::sort(small.begin(), small.end(), [&](int64_t a, int64_t b) { return size(a) > size(b); });
     std::atomic<int64_t> taken{0};
+    const int64_t runs = count * count / k * cloud_.dim > (1 << 20) ? threads : 1;
     if (!small.empty())
-      parallel(std::min<int64_t>(threads, std::ssize(small)), 1, [&](int64_t, int64_t) {
+      parallel(std::min<int64_t>(runs, std::ssize(small)), 1, [&](int64_t, int64_t) {
         for (int64_t i; (i = taken++) < std::ssize(small);) find(small[i]);
       });
   }

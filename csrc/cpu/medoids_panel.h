@@ -1,5 +1,5 @@
-// Distances from one point to many, eight at a time, to the bit as protofast/_ops/selection.py lays them down; and sums.
-// Included as vector.h is.
+// Distances from one point to many, eight at a time, to the bit as protofast/_ops/selection.py lays them down; and
+// sums. Included as vector.h is.
 
 INLINE Eight roots(Eight value) {
 #if VECTOR_BYTES == 64
@@ -26,8 +26,8 @@ void fill_panel(const Cloud& cloud, const int64_t* list, Panel& panel, int64_t b
   }
 }
 
-// Of dim coordinates, or of panel.dim where that is 0. A value is at least 0, so that no 0 that is left out of the lanes
-// would change it.
+// Of dim coordinates, or of panel.dim where that is 0. A value is at least 0, so that no 0 that is left out of the
+// lanes would change it.
 template <bool manhattan, int dim>
 INLINE Eight eight_values(const double* group, const double* x, int64_t depth) {
   Eight t[8]{};
@@ -61,11 +61,16 @@ void measure_groups(const Panel& panel, const double* x, int64_t begin, int64_t 
 template <Form form, bool manhattan>
 INLINE void measure_groups(const Panel& panel, const double* x, int64_t begin, int64_t end, double* to) {
   switch (panel.dim) {
-    case 1: return measure_groups<form, manhattan, 1>(panel, x, begin, end, to);
-    case 2: return measure_groups<form, manhattan, 2>(panel, x, begin, end, to);
-    case 3: return measure_groups<form, manhattan, 3>(panel, x, begin, end, to);
-    case 4: return measure_groups<form, manhattan, 4>(panel, x, begin, end, to);
-    default: return measure_groups<form, manhattan, 0>(panel, x, begin, end, to);
+    case 1:
+      return measure_groups<form, manhattan, 1>(panel, x, begin, end, to);
+    case 2:
+      return measure_groups<form, manhattan, 2>(panel, x, begin, end, to);
+    case 3:
+      return measure_groups<form, manhattan, 3>(panel, x, begin, end, to);
+    case 4:
+      return measure_groups<form, manhattan, 4>(panel, x, begin, end, to);
+    default:
+      return measure_groups<form, manhattan, 0>(panel, x, begin, end, to);
   }
 }
 
@@ -172,8 +177,8 @@ inline void swap_gains(const double* distances, const double* nearest, const dou
   }
 }
 
-// Sums of distances, nearly: tiles of float32. The rows of block `begin` with all members from there on, which gives the
-// sums of both (the members of the first `rows` alone are wanted).
+// Sums of distances, nearly: tiles of float32. The rows of block `begin` with all members from there on, which gives
+// the sums of both (the members of the first `rows` alone are wanted).
 struct LengthGaps : Start<float> {
   template <class V>
   static INLINE V add(V total, V x, V p) {
@@ -242,8 +247,8 @@ void tile_lengths_of(const RoundedMembers& members, const float* rows, int64_t h
     for (int64_t i = 0; i < height; i += ROWS) {
       const int some = static_cast<int>(std::min<int64_t>(ROWS, height - i));
       tile_of<std::conditional_t<manhattan, LengthGaps, Squares<float>>, float>(
-          some, WIDE, rows + i * members.depth, members.panels.get() + p * PANEL * members.depth, members.depth / L, zero,
-          out);
+          some, WIDE, rows + i * members.depth, members.panels.get() + p * PANEL * members.depth, members.depth / L,
+          zero, out);
       for (int r = 0; r < some; ++r)
         for (int w = 0; w < WIDE; ++w) {
           const F length = load_bits<F>(out + (r * WIDE + w) * L);
@@ -273,7 +278,8 @@ inline double most_gains(const ScreenedGains& with, const float* lengths, int64_
 #if VECTOR_BYTES == 64
     uint64_t hits = _mm512_cmp_ps_mask(bits<__m512>(least), bits<__m512>(reach), _CMP_LT_OQ);
 #elif VECTOR_BYTES == 32
-    uint64_t hits = static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(bits<__m256>(least), bits<__m256>(reach), _CMP_LT_OQ)));
+    uint64_t hits =
+        static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(bits<__m256>(least), bits<__m256>(reach), _CMP_LT_OQ)));
 #else
     uint64_t hits = 0;
     for (int i = 0; i < L; ++i) hits |= uint64_t{least[i] < reach[i]} << i;

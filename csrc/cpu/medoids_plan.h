@@ -20,14 +20,20 @@ struct Block {
   std::unique_ptr<N[], void (*)(void*)> data{nullptr, &std::free};
 };
 
-// Points in float64, eight at a time: coordinate c of point i is at ((i / 8) · dim + c) · 8 + i % 8. Of a last group that
-// is not full, the rest is zero.
+// Points in float64, eight at a time: coordinate c of point i is at ((i / 8) · dim + c) · 8 + i % 8. Of a last group
+// that is not full, the rest is zero.
 struct Panel {
   Panel(const Cloud& cloud, int64_t count)
-      : count(count), groups((count + 7) / 8), dim(cloud.dim + cloud.cosine()), manhattan(cloud.manhattan()),
-        measure(cloud.measure), coordinates(groups * 8 * dim) {}
+      : count(count),
+        groups((count + 7) / 8),
+        dim(cloud.dim + cloud.cosine()),
+        manhattan(cloud.manhattan()),
+        measure(cloud.measure),
+        coordinates(groups * 8 * dim) {}
 
   const double* group(int64_t g) const { return coordinates.get() + g * 8 * dim; }
+  // Groups whose distances to one point are worth a thread.
+  int64_t grain() const { return std::max<int64_t>(16, (int64_t{1} << 14) / (dim + 4)); }
   // Points, by groups, that stay in a core's cache while several rows meet them.
   int64_t groups_at_once() const { return std::max<int64_t>(1, (int64_t{1} << 14) / (8 * std::max<int64_t>(dim, 1))); }
 
@@ -53,9 +59,9 @@ struct RoundedMembers {
 // What the screen of a swap compares lengths with.
 struct ScreenedGains {
   Measure measure;
-  float shrink, missed;   // a length is at least shrink · its like in float32 − missed
-  double by;              // what makes it one of the points
-  const float* reach;     // lengths of `second` at most, scaled
+  float shrink, missed;  // a length is at least shrink · its like in float32 − missed
+  double by;             // what makes it one of the points
+  const float* reach;    // lengths of `second` at most, scaled
   const double *nearest, *second;
   const int32_t* labels;
 };
@@ -85,7 +91,8 @@ struct MedoidsLoops {
   // `stride` for each.
   void (*lengths)(const RoundedMembers&, const float* rows, int64_t height, int64_t begin, int64_t end, float* to,
                   int64_t stride);
-  // Adds to `spared` (by label), and returns, what spared and gain are at most, from those lengths; see medoids_panel.h.
+  // Adds to `spared` (by label), and returns, what spared and gain are at most, from those lengths; see
+  // medoids_panel.h.
   double (*most_gains)(const ScreenedGains&, const float* lengths, int64_t count, double* spared);
   // Sums of lengths from the rows [begin, end) of a tile grid to all, nearly; see medoids_tiles.h.
   void (*tiles)(const RoundedMembers&, int64_t begin, int64_t rows, double* sums);

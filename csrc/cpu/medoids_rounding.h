@@ -43,7 +43,7 @@ class MemberRounding {
 
   // All points, in the order given (or their own).
   RoundedMembers all(const int64_t* order, bool with_rows) const {
-    RoundedMembers made{panel_.count, panel_.dim, depth(), panel_.manhattan, rows(with_rows ? panel_.count : 0),
+    RoundedMembers made{panel_.count,      panel_.dim, depth(), panel_.manhattan, rows(with_rows ? panel_.count : 0),
                         rows(panel_.count)};
     parallel(panel_.count, 64, [&](int64_t begin, int64_t end) {
       for (int64_t at = begin; at < end; ++at)

@@ -55,7 +55,7 @@ class MedoidSearch {
 
   template <class Run>
   void each_group(const Run& run) const {
-    parallel(panel_->groups, std::max<int64_t>(16, (1 << 13) / (panel_->dim + 4)), run);
+    parallel(panel_->groups, panel_->grain(), run);
   }
 
   void fill() {
@@ -82,9 +82,7 @@ class MedoidSearch {
     mean_.assign(panel_->dim, 0);
     mean_ = pull(mean_.data(), ones_.data(), 0);
     for (double& c : mean_) c /= -static_cast<double>(count_);
-    each_group([&](int64_t begin, int64_t end) {
-      loops_.values(*panel_, mean_.data(), begin, end, values_.data());
-    });
+    each_group([&](int64_t begin, int64_t end) { loops_.values(*panel_, mean_.data(), begin, end, values_.data()); });
     farthest_ = *std::max_element(values_.begin(), values_.begin() + count_);
     total_ = std::accumulate(values_.begin(), values_.begin() + count_, 0.0);
     return farthest_ < 1e240 && farthest_ > 1e-240;
@@ -118,7 +116,7 @@ class MedoidSearch {
     const double many = static_cast<double>(count_);
     std::mutex mutex;
     std::fill(lower_.begin(), lower_.end(), 0.0);
-    parallel(panel_->dim, 1, [&](int64_t begin, int64_t end) {
+    parallel(panel_->dim, 1 + (1 << 13) / count_, [&](int64_t begin, int64_t end) {
       std::vector<std::pair<double, int64_t>> sorted(count_);
       std::vector<double> sums(count_);
       for (int64_t c = begin; c < end; ++c) {
@@ -174,15 +172,16 @@ class MedoidSearch {
   void by_tiles() {
     std::vector<int64_t> order(count_);
     std::iota(order.begin(), order.end(), 0);
-    const int64_t left = std::stable_partition(order.begin(), order.end(), [&](int64_t i) { return open(i); }) -
-                         order.begin();
+    const int64_t left =
+        std::stable_partition(order.begin(), order.end(), [&](int64_t i) { return open(i); }) - order.begin();
     const MemberRounding rounding(*panel_, loops_, mean_.data(), cloud_.length(farthest_));
     const RoundedMembers rounded = rounding.all(order.data(), true);
     std::vector<double> sums(count_);
     const int64_t blocks = (left + TILE_BLOCK - 1) / TILE_BLOCK;
     std::atomic<int64_t> next{0};
     std::mutex mutex;
-    parallel(std::min(thread_count(), blocks), 1, [&](int64_t, int64_t) {
+    const bool many_lengths = left * count_ * rounded.depth > (1 << 22);
+    parallel(many_lengths ? std::min(thread_count(), blocks) : 1, 1, [&](int64_t, int64_t) {
       std::vector<double> part(count_);
       for (int64_t block; (block = next++) < blocks;) loops_.tiles(rounded, block, left, part.data());
       const std::lock_guard lock(mutex);
@@ -203,9 +202,8 @@ class MedoidSearch {
     const int64_t room = panel_->groups * 8;
     distances_.resize(room), point_.resize(cloud_.width()), lanes_.assign(SUM_LANES, 0);
     loops_.coordinates(cloud_, members_[i], point_.data());
-    each_group([&](int64_t begin, int64_t end) {
-      loops_.distances(*panel_, point_.data(), begin, end, distances_.data());
-    });
+    each_group(
+        [&](int64_t begin, int64_t end) { loops_.distances(*panel_, point_.data(), begin, end, distances_.data()); });
     loops_.add(distances_.data(), 0, count_, lanes_.data());
     const double sum = loops_.sum(lanes_.data());
     int64_t first = i;
@@ -232,8 +230,8 @@ class MedoidSearch {
   std::unique_ptr<Panel> panel_;
   std::vector<double> ones_, mean_, values_;  // values from the mean
   double farthest_ = 0, total_ = 0;
-  std::vector<double> lower_;  // bounds on the sums
-  std::vector<bool> gone_;     // whose sum has been taken
+  std::vector<double> lower_;                      // bounds on the sums
+  std::vector<bool> gone_;                         // whose sum has been taken
   std::vector<double> point_, distances_, lanes_;  // of the last member that was
   int64_t best_ = -1;
   double sum_ = std::numeric_limits<double>::infinity();

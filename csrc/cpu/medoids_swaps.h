@@ -16,10 +16,18 @@ namespace protofast {
 class MedoidSwaps {
  public:
   MedoidSwaps(const Cloud& cloud, const MedoidsLoops& loops, int64_t* medoids, int64_t k)
-      : cloud_(cloud), loops_(loops), medoids_(medoids), k_(k), n_(cloud.count), room_((n_ + 7) / 8 * 8),
-        panel_(cloud, precomputed() ? 0 : n_), row_(room_), stood_(k) {
+      : cloud_(cloud),
+        loops_(loops),
+        medoids_(medoids),
+        k_(k),
+        n_(cloud.count),
+        room_((n_ + 7) / 8 * 8),
+        panel_(cloud, precomputed() ? 0 : n_),
+        row_(room_),
+        stood_(k) {
     if (!precomputed())
-      parallel(panel_.groups, 64, [&](int64_t begin, int64_t end) { loops_.fill(cloud_, nullptr, panel_, begin, end); });
+      parallel(panel_.groups, panel_.grain(),
+               [&](int64_t begin, int64_t end) { loops_.fill(cloud_, nullptr, panel_, begin, end); });
     if (!precomputed() && panel_.dim > 8) round();
     for (int side = 0; side < 2; ++side) {
       value_[side].assign(n_, std::numeric_limits<double>::infinity());
@@ -87,25 +95,23 @@ class MedoidSwaps {
   }
 
   void measure(int64_t o) {
-    for (int side = 0; side < 2; ++side)
-      distance_[side][o] = std::min(MOST, distance(cloud_.measure, value_[side][o]));
-    if (rounding_) reach_[o] = static_cast<float>(cloud_.length(value_[1][o]) * rounding_->scale()) * (1 + 1e-6F) + 1e-15F;
+    for (int side = 0; side < 2; ++side) distance_[side][o] = std::min(MOST, distance(cloud_.measure, value_[side][o]));
+    if (rounding_)
+      reach_[o] = static_cast<float>(cloud_.length(value_[1][o]) * rounding_->scale()) * (1 + 1e-6F) + 1e-15F;
   }
 
   void values_of(int64_t position) {
     if (precomputed()) return loops_.row(cloud_, position, 0, n_, row_.data());
     std::vector<double> x(cloud_.width());
     loops_.coordinates(cloud_, position, x.data());
-    parallel(panel_.groups, 64, [&](int64_t begin, int64_t end) {
-      loops_.values(panel_, x.data(), begin, end, row_.data());
-    });
+    parallel(panel_.groups, panel_.grain(),
+             [&](int64_t begin, int64_t end) { loops_.values(panel_, x.data(), begin, end, row_.data()); });
   }
 
   // What the sum grows by without each medoid, and the sum.
   void refresh() {
     std::fill(stood_.begin(), stood_.end(), 0.0);
-    for (int64_t o = 0; o < n_; ++o)
-      stood_[label_[0][o]] += distance_[1][o] - distance_[0][o];
+    for (int64_t o = 0; o < n_; ++o) stood_[label_[0][o]] += distance_[1][o] - distance_[0][o];
     std::vector<double> lanes(SUM_LANES);
     loops_.add(distance_[0].data(), 0, n_, lanes.data());
     loss_ = loops_.sum(lanes.data());
@@ -133,7 +139,7 @@ class MedoidSwaps {
     const auto rows = rounding_->rows(height);
     for (int64_t i = 0; i < height; ++i) rounding_->write(some[i].point, i, rows.get(), nullptr);
     lengths_.resize(height * stride_);
-    parallel(stride_ / loops_.panel, 4, [&](int64_t begin, int64_t end) {
+    parallel(stride_ / loops_.panel, 1 + (1 << 14) / (height * rounded_.depth), [&](int64_t begin, int64_t end) {
       loops_.lengths(rounded_, rows.get(), height, begin, end, lengths_.data(), stride_);
     });
   }
@@ -142,17 +148,16 @@ class MedoidSwaps {
   void screen(std::vector<Candidate>& some, int64_t first) const {
     const auto shrink = static_cast<float>(1 - rounded_.off(8)), missed = static_cast<float>(missed_) * (1 + 1e-6F);
     const double by = (1 - static_cast<double>(panel_.dim + 16) * 0x1p-52) / rounding_->scale();
-    const ScreenedGains with{cloud_.measure, shrink, missed, by, reach_.data(), distance_[0].data(),
+    const ScreenedGains with{cloud_.measure,      shrink,          missed, by, reach_.data(), distance_[0].data(),
                              distance_[1].data(), label_[0].data()};
     const double least = LEAST_GAIN - 8 * static_cast<double>(n_ + 16) * 0x1p-53;
-    parallel(std::ssize(some) - first, 1 + (1 << 14) / n_, [&](int64_t begin, int64_t end) {
+    parallel(std::ssize(some) - first, 1 + (1 << 16) / n_, [&](int64_t begin, int64_t end) {
       std::vector<double> spared(k_);
       for (int64_t i = first + begin; i < first + end; ++i) {
         std::fill(spared.begin(), spared.end(), 0.0);
         const double gain = loops_.most_gains(with, lengths_.data() + i * stride_, stride_, spared.data());
         some[i].may_pay = false;
-        for (int64_t m = 0; m < k_; ++m)
-          some[i].may_pay |= stood_[m] - spared[m] - gain < -least * (loss_ + stood_[m]);
+        for (int64_t m = 0; m < k_; ++m) some[i].may_pay |= stood_[m] - spared[m] - gain < -least * (loss_ + stood_[m]);
       }
     });
   }
@@ -160,9 +165,8 @@ class MedoidSwaps {
   void decide_exactly(Candidate& one) {
     std::vector<double> x(cloud_.width()), lanes(SUM_LANES), spared(k_);
     loops_.coordinates(cloud_, one.point, x.data());
-    parallel(panel_.groups, 64, [&](int64_t begin, int64_t end) {
-      loops_.distances(panel_, x.data(), begin, end, row_.data());
-    });
+    parallel(panel_.groups, panel_.grain(),
+             [&](int64_t begin, int64_t end) { loops_.distances(panel_, x.data(), begin, end, row_.data()); });
     loops_.gains(row_.data(), distance_[0].data(), distance_[1].data(), label_[0].data(), 0, n_, lanes.data(),
                  spared.data());
     decide(one, lanes.data(), spared.data());
@@ -172,7 +176,8 @@ class MedoidSwaps {
   void look(std::vector<Candidate>& some, int64_t first) const {
     if (rounding_) return screen(some, first);
     constexpr int64_t TOGETHER = 4;
-    parallel(std::ssize(some), std::ssize(some) > 2 * TOGETHER ? TOGETHER : 1, [&](int64_t begin, int64_t end) {
+    const int64_t work = n_ * (panel_.dim + 8), least = std::ssize(some) > 2 * TOGETHER ? TOGETHER : 1;
+    parallel(std::ssize(some), std::max(least, (int64_t{1} << 17) / work), [&](int64_t begin, int64_t end) {
       const int64_t width = cloud_.width();
       std::vector<double> x(TOGETHER * width), row(room_), lanes(TOGETHER * SUM_LANES), spared(TOGETHER * k_);
       for (; begin < end; begin += TOGETHER) {
@@ -192,7 +197,8 @@ class MedoidSwaps {
                          lanes.data() + i * SUM_LANES, spared.data() + i * k_);
           }
         }
-        for (int64_t i = 0; i < many; ++i) decide(some[begin + i], lanes.data() + i * SUM_LANES, spared.data() + i * k_);
+        for (int64_t i = 0; i < many; ++i)
+          decide(some[begin + i], lanes.data() + i * SUM_LANES, spared.data() + i * k_);
       }
     });
   }
@@ -233,16 +239,17 @@ class MedoidSwaps {
     std::vector<double> values((count + 7) / 8 * 8);
     Panel few(cloud_, precomputed() ? 0 : count);
     if (!precomputed())
-      parallel(few.groups, 64, [&](int64_t begin, int64_t end) { loops_.fill(cloud_, stale.data(), few, begin, end); });
+      parallel(few.groups, few.grain(),
+               [&](int64_t begin, int64_t end) { loops_.fill(cloud_, stale.data(), few, begin, end); });
     std::vector<double> x(cloud_.width());
     for (int64_t m = 0; m < k_; ++m) {
       if (precomputed()) {
-        for (int64_t i = 0; i < count; ++i) loops_.row(cloud_, medoids_[m], stale[i], stale[i] + 1, values.data() - stale[i] + i);
+        for (int64_t i = 0; i < count; ++i)
+          loops_.row(cloud_, medoids_[m], stale[i], stale[i] + 1, values.data() - stale[i] + i);
       } else {
         loops_.coordinates(cloud_, medoids_[m], x.data());
-        parallel(few.groups, 64, [&](int64_t begin, int64_t end) {
-          loops_.values(few, x.data(), begin, end, values.data());
-        });
+        parallel(few.groups, few.grain(),
+                 [&](int64_t begin, int64_t end) { loops_.values(few, x.data(), begin, end, values.data()); });
       }
       for (int64_t i = 0; i < count; ++i) insert(stale[i], values[i], static_cast<int32_t>(m));
     }
@@ -262,8 +269,8 @@ class MedoidSwaps {
   std::vector<double> mean_;
   std::unique_ptr<MemberRounding> rounding_;  // where there is a screen
   RoundedMembers rounded_{};
-  double missed_ = 0;              // what rounding takes from a scaled length at most
-  int64_t stride_ = 0;             // of the lengths: whole panels
+  double missed_ = 0;                   // what rounding takes from a scaled length at most
+  int64_t stride_ = 0;                  // of the lengths: whole panels
   std::vector<float> reach_, lengths_;  // scaled: of the second nearest medoid, at most; from the candidates
 };
 

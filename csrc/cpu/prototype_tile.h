@@ -114,25 +114,26 @@ struct ByteProducts {  // of four unsigned bytes with four signed ones
 };
 #endif
 
-// out[i][·] = start + Σ over the depth, for H patches and WIDTH vectors of prototypes.
-template <class Step, class Cell, int H, int WIDTH>
+// out[i][·] = start + Σ over the depth, for H patches and WIDTH vectors of prototypes. Patches lie in chunks of LANES
+// cells, (chunks, ROWS, LANES), or `by_cell`, (cells, ROWS).
+template <class Step, class Cell, bool by_cell, int H, int WIDTH>
 void tile(const Cell* rows, const Cell* panel, int64_t chunks, const typename Step::Sum* start,
           typename Step::Sum* out) {
   using V = Vector<typename Step::Sum>;
-  constexpr int L = LANES<Cell>;
+  constexpr int L = LANES<Cell>, CELLS = by_cell ? 1 : L;
   V total[H][WIDTH];
 #pragma GCC unroll 16
   for (int i = 0; i < H; ++i)
 #pragma GCC unroll 2
     for (int j = 0; j < WIDTH; ++j) total[i][j] = Step::begin(start, i, j);
-  for (; chunks > 0; --chunks, rows += ROWS * L)
-    for (int d = 0; d < L; ++d, panel += WIDTH * L) {
+  for (; chunks > 0; --chunks, rows += ROWS * CELLS)
+    for (int d = 0; d < CELLS; ++d, panel += WIDTH * L) {
       Vector<Cell> p[WIDTH];
 #pragma GCC unroll 2
       for (int j = 0; j < WIDTH; ++j) p[j] = load_bits<Vector<Cell>>(panel + j * L);
 #pragma GCC unroll 16
       for (int i = 0; i < H; ++i) {
-        const Vector<Cell> x = broadcast<Vector<Cell>>(rows[i * L + d]);
+        const Vector<Cell> x = broadcast<Vector<Cell>>(rows[i * CELLS + d]);
 #pragma GCC unroll 2
         for (int j = 0; j < WIDTH; ++j) total[i][j] = Step::add(total[i][j], x, p[j]);
       }
@@ -143,23 +144,23 @@ void tile(const Cell* rows, const Cell* panel, int64_t chunks, const typename St
     for (int j = 0; j < WIDTH; ++j) store_bits(out + (i * WIDTH + j) * L, total[i][j], false);
 }
 
-template <class Step, class Cell, int WIDTH, size_t... H>
+template <class Step, class Cell, bool by_cell, int WIDTH, size_t... H>
 INLINE void tile_of(int height, std::index_sequence<H...>, const Cell* rows, const Cell* panel, int64_t chunks,
                     const typename Step::Sum* start, typename Step::Sum* out) {
   using Sum = typename Step::Sum;
   using Run = void (*)(const Cell*, const Cell*, int64_t, const Sum*, Sum*);
-  static constexpr Run RUNS[] = {&tile<Step, Cell, int(H) + 1, WIDTH>...};
+  static constexpr Run RUNS[] = {&tile<Step, Cell, by_cell, int(H) + 1, WIDTH>...};
   RUNS[height - 1](rows, panel, chunks, start, out);
 }
 
-template <class Step, class Cell>
+template <class Step, class Cell, bool by_cell = false>
 void tile_of(int height, int width, const Cell* rows, const Cell* panel, int64_t chunks,
              const typename Step::Sum* start, typename Step::Sum* out) {
   constexpr auto heights = std::make_index_sequence<ROWS>();
   if (width == 1)
-    tile_of<Step, Cell, 1>(height, heights, rows, panel, chunks, start, out);
+    tile_of<Step, Cell, by_cell, 1>(height, heights, rows, panel, chunks, start, out);
   else
-    tile_of<Step, Cell, WIDE>(height, heights, rows, panel, chunks, start, out);
+    tile_of<Step, Cell, by_cell, WIDE>(height, heights, rows, panel, chunks, start, out);
 }
 
 // Vectors of `count` numbers of type T as Real, the last one filled up with zeros.

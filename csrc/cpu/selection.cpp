@@ -60,6 +60,7 @@ struct Choices {
   Nearest near;
   const int64_t* given;  // positions
   int64_t first, k;      // how many are given, and wanted
+  bool assign;           // whether every point's nearest is
   int64_t* indices;
   double* radii;
 
@@ -73,7 +74,7 @@ struct Choices {
       farthest = choose(indices[number]);
       radii[number] = std::max(0.0, farthest.value);
     }
-    finish();
+    if (assign || number < k) finish();
     fill(number);
   }
 
@@ -150,8 +151,8 @@ void k_center_of(const KCenter& args, int64_t number) {
       index = std::lower_bound(allowed.rows.begin(), allowed.rows.end(), index) - allowed.rows.begin();
   for (const int64_t position : given)
     STD_TORCH_CHECK(0 <= position && position < cloud.count, "initial must hold allowed indices");
-  const Choices choices{cloud, near, given.data(), std::ssize(given), k, args.indices + number * k,
-                        args.radii + number * k};
+  const Choices choices{
+      cloud, near, given.data(), std::ssize(given), k, args.assign, args.indices + number * k, args.radii + number * k};
   const Dtype dtype = args.points.dtype;
   if (args.measure == Measure::precomputed) {
     int64_t round = 0;
@@ -185,13 +186,16 @@ void k_center_of(const KCenter& args, int64_t number) {
         traverse(PlainTraversal(covering));
     }
   }
-  for (int64_t i = 0; i < cloud.count; ++i) near.value[i] = distance(args.measure, std::max(0.0, near.value[i]));
+  parallel(args.assign ? cloud.count : 0, 1 << 15, [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin) near.value[begin] = distance(args.measure, std::max(0.0, near.value[begin]));
+  });
   for (int64_t i = 0; i < k; ++i) {
     double& radius = args.radii[number * k + i];
     radius = distance(args.measure, radius);
     int64_t& index = args.indices[number * k + i];
     if (index >= 0) index = cloud.at(index);
   }
+  if (!args.assign) return;
   allowed.spread(near.value, n, std::numeric_limits<double>::infinity());
   allowed.spread<int64_t>(near.label, n, -1);
 }

@@ -105,8 +105,8 @@ class Covering {
     if (others.count > 1) meet_all(1);
   }
 
-  // All points with the centers [from, count), some of which they may have met. Once points have gathered about centers,
-  // a center more than twice as far from the nearest as the point is cannot be nearer (Elkan 2003).
+  // All points with the centers [from, count), some of which they may have met. Once points have gathered about
+  // centers, a center more than twice as far from the nearest as the point is cannot be nearer (Elkan 2003).
   void meet_all(int64_t from) {
     const int64_t now = centers_.count;
     while (from < now) {
@@ -175,16 +175,15 @@ class Covering {
         if (most == 0) continue;
         if (group) loops_.between(centers_, cloud_.manhattan(), group - 1, from, to, apart.data());
         for (int64_t c = from; c < to; ++c)
-          if (!group || may_help(apart[c - from], cloud_.length(most)))
-            lists[group].push_back(static_cast<int32_t>(c));
+          if (!group || may_help(apart[c - from], cloud_.length(most))) lists[group].push_back(static_cast<int32_t>(c));
       }
     });
     std::vector<Meeting> meetings;
     for (int64_t group = 0; group < groups; ++group)
       if (!lists[group].empty())
         for (int64_t begin = ends[group]; begin < ends[group + 1]; begin += AT_ONCE)
-          meetings.push_back({lists[group].data(), std::ssize(lists[group]), begin,
-                              std::min(ends[group + 1], begin + AT_ONCE)});
+          meetings.push_back(
+              {lists[group].data(), std::ssize(lists[group]), begin, std::min(ends[group + 1], begin + AT_ONCE)});
     meet(order.data(), meetings);
   }
 
@@ -308,7 +307,8 @@ class PoolTraversal {
       parts.emplace_back(begin, std::move(found));
     });
     std::sort(parts.begin(), parts.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
-    for (const auto& part : parts) level.positions.insert(level.positions.end(), part.second.begin(), part.second.end());
+    for (const auto& part : parts)
+      level.positions.insert(level.positions.end(), part.second.begin(), part.second.end());
     if (std::ssize(level.positions) > 2 * wanted) {  // many are equal
       const auto over = [&](int64_t a, int64_t b) { return Key{value_[a], a}.over({value_[b], b}); };
       std::nth_element(level.positions.begin(), level.positions.begin() + wanted, level.positions.end(), over);
@@ -319,13 +319,16 @@ class PoolTraversal {
   }
 
   // Those of a level with the centers that they have missed, in the order of how many these are.
-  void meet(std::vector<int64_t>& positions) {
+  void meet(const std::vector<int64_t>& positions) {
     const int32_t now = static_cast<int32_t>(covering_.centers().count);
-    std::vector<int64_t> stale;
-    for (const int64_t position : positions)
-      if (met_[position] < now) stale.push_back(position);
+    // Ordered by how many they have met, and then by position, as memory is.
+    std::vector<int64_t> next(now + 2);
+    for (const int64_t position : positions) ++next[met_[position] + 1];
+    std::partial_sum(next.begin(), next.end(), next.begin());
+    std::vector<int64_t> stale(next[now]);
     if (stale.empty()) return;
-    std::sort(stale.begin(), stale.end(), [&](int64_t a, int64_t b) { return met_[a] < met_[b]; });
+    for (const int64_t position : positions)
+      if (met_[position] < now) stale[next[met_[position]]++] = position;
     std::vector<int32_t> all(now);
     std::iota(all.begin(), all.end(), 0);
     std::vector<Meeting> meetings;

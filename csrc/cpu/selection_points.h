@@ -78,7 +78,8 @@ INLINE double value_of(const Cloud& cloud, int64_t position, const double* cente
   int64_t c = 0;
   if (row.column == 1 && !row.cosine)
     for (; c + 8 <= row.dim; c += 8) total += term<manhattan>(eight(row.from + c) - eight(center + c));
-  for (const int64_t width = cloud.width(); c < width; c += 8) total += term<manhattan>(row.chunk(c) - eight(center + c));
+  for (const int64_t width = cloud.width(); c < width; c += 8)
+    total += term<manhattan>(row.chunk(c) - eight(center + c));
   return sum<double, 8>(total);
 }
 

@@ -67,8 +67,14 @@ INLINE ByteRow bytes_of(const float* from, int64_t depth, float most, float miss
 
 // Centers as points, whose coordinates are those of unit vectors already.
 inline Cloud cloud_of(const Centers& centers, int64_t dim, bool manhattan) {
-  return {centers.coordinates.data(), centers.width, 1,      centers.count, dim,
-          manhattan ? Measure::manhattan : Measure::euclidean, nullptr, nullptr};
+  return {centers.coordinates.data(),
+          centers.width,
+          1,
+          centers.count,
+          dim,
+          manhattan ? Measure::manhattan : Measure::euclidean,
+          nullptr,
+          nullptr};
 }
 
 // Rounds the centers that have come since the last time.
@@ -102,9 +108,9 @@ class Screener {
 
  public:
   Screener(const Cloud& cloud, const Rounding& rounding, const Centers& centers, const Nearest& near)
-      : cloud_(cloud), rounding_(rounding), centers_(centers), near_(near), chunks_((cloud.dim + L - 1) / L) {
+      : cloud_(cloud), rounding_(rounding), centers_(centers), near_(near) {
     const int64_t depth = rounding.depth;
-    floats_ = room<float>(PANEL * depth), panel_ = room<float>(PANEL * depth), score_ = room<float>(BLOCK * PANEL);
+    floats_ = room<float>(PANEL * depth), panel_ = room<uint32_t>(PANEL * depth), score_ = room<float>(BLOCK * PANEL);
   }
 
   // The listed centers, ascending.
@@ -112,21 +118,15 @@ class Screener {
     const int64_t depth = rounding_.depth;
     list_ = list, count_ = count;
     by_bytes_ = rounding_.bytes && count >= FEW && !cloud_.manhattan();
-    const int64_t tiles = (count + ROWS - 1) / ROWS;
-    if (by_bytes_) {
-      if (!whole_) whole_ = room<uint8_t>(PANEL * depth);
-      byte_chunks_ = (cloud_.dim + 4 * L - 1) / (4 * L);
-      grow(byte_rows_, byte_room_, tiles * ROWS * depth);
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t c = 0; c < byte_chunks_; ++c)
-          std::memcpy(byte_rows_.get() + ((i / ROWS * byte_chunks_ + c) * ROWS + i % ROWS) * 4 * L,
-                      centers_.bytes.data() + list[i] * depth + c * 4 * L, 4 * L);
-    } else {
-      grow(rows_, row_room_, tiles * ROWS * depth);
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t c = 0; c < chunks_; ++c)
-          std::memcpy(rows_.get() + ((i / ROWS * chunks_ + c) * ROWS + i % ROWS) * L,
-                      centers_.rows.data() + list[i] * depth + c * L, L * sizeof(float));
+    cells_ = by_bytes_ ? (cloud_.dim + 3) / 4 : cloud_.dim;
+    if (by_bytes_ && !whole_) whole_ = room<uint8_t>(PANEL * depth);
+    const void* const rows = by_bytes_ ? static_cast<const void*>(centers_.bytes.data()) : centers_.rows.data();
+    const int64_t width = by_bytes_ ? depth / 4 : depth;
+    grow(rows_, row_room_, (count + ROWS - 1) / ROWS * ROWS * cells_);
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t* const from = static_cast<const uint32_t*>(rows) + list[i] * width;
+      uint32_t* const to = rows_.get() + i / ROWS * ROWS * cells_ + i % ROWS;
+      for (int64_t c = 0; c < cells_; ++c) to[c * ROWS] = from[c];
     }
     missed_of_.resize(count), square_of_.resize(count), step_of_.resize(count);
     worst_ = 0;
@@ -144,8 +144,7 @@ class Screener {
     for (; begin < end; begin += PANEL) {
       const int count = static_cast<int>(std::min<int64_t>(PANEL, end - begin));
       for (int i = 0; i < count; ++i) position_[i] = positions ? positions[begin + i] : begin + i;
-      for (int64_t i = begin + PANEL; positions && i < std::min(end, begin + 2 * PANEL); ++i)
-        __builtin_prefetch(static_cast<const T*>(cloud_.data) + cloud_.at(positions[i]) * cloud_.row);
+      for (int64_t i = begin + PANEL; positions && i < std::min(end, begin + 2 * PANEL); ++i) prefetch(positions[i]);
       pack(count);
       for (int64_t first = 0; first < count_; first += BLOCK) {
         const int64_t last = std::min(count_, first + BLOCK);
@@ -169,6 +168,13 @@ class Screener {
   template <class N>
   static void grow(Room<N>& has, int64_t& size, int64_t count) {
     if (count > size) has = room<N>(count), size = count;
+  }
+
+  void prefetch(int64_t position) const {
+    const char* const row =
+        reinterpret_cast<const char*>(static_cast<const T*>(cloud_.data) + cloud_.at(position) * cloud_.row);
+    const int64_t bytes = std::min<int64_t>(cloud_.dim * int64_t(sizeof(T)), 1024);
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
   }
 
   void pack(int count) {
@@ -204,9 +210,9 @@ class Screener {
       store_bits(bound_ + j * L, length * (1 + 1e-6F) + TINY, false);
     }
     if (by_bytes_)
-      transposed(reinterpret_cast<const uint32_t*>(whole_.get()), depth / 4, byte_chunks_, count);
+      transposed(reinterpret_cast<const uint32_t*>(whole_.get()), depth / 4, count);
     else
-      transposed(reinterpret_cast<const uint32_t*>(floats_.get()), depth, chunks_, count);
+      transposed(reinterpret_cast<const uint32_t*>(floats_.get()), depth, count);
   }
 
 #if VECTOR_BYTES == 64
@@ -218,12 +224,12 @@ class Screener {
 #endif
 
   // Cells (of four bytes) of rows, (PANEL, cells), as (cells, lanes of a panel).
-  void transposed(const uint32_t* rows, int64_t cells, int64_t chunks, int count) {
+  void transposed(const uint32_t* rows, int64_t cells, int count) {
     using U = Vector<uint32_t>;
     const int wide = count > L ? 2 : 1;
-    uint32_t* const to = reinterpret_cast<uint32_t*>(panel_.get());
+    uint32_t* const to = panel_.get();
     for (int j = 0; j < wide; ++j)
-      for (int64_t c = 0; c < chunks; ++c) {
+      for (int64_t c = 0; c * L < cells_; ++c) {
         U square[L];
         for (int i = 0; i < L; ++i)
           square[i] = j * L + i < count ? load_bits<U>(rows + (j * L + i) * cells + c * L) : U{};
@@ -239,14 +245,14 @@ class Screener {
       open_ |= uint64_t{1} << i;
     else
       open_ &= ~(uint64_t{1} << i);
-    bound_[i] = static_cast<float>(cloud_.manhattan() ? value * rounding_.scale
-                                                      : value * rounding_.scale * rounding_.scale);
+    bound_[i] =
+        static_cast<float>(cloud_.manhattan() ? value * rounding_.scale : value * rounding_.scale * rounding_.scale);
   }
 
   // Of the centers [first, last), squared lengths (manhattan: lengths) between the rounded coordinates, and the least.
   void score(int64_t first, int64_t last, int wide) {
-    F least[WIDE];
-    for (int j = 0; j < WIDE; ++j) least[j] = broadcast<F>(std::numeric_limits<float>::infinity());
+    const F all = broadcast<F>(std::numeric_limits<float>::infinity());
+    store_bits(least_, all, false), store_bits(least_ + L, all, false);
     for (int64_t i = first; i < last; i += ROWS) {
       const int height = static_cast<int>(std::min<int64_t>(ROWS, last - i));
       float* const out = score_.get() + (i - first) * wide * L;
@@ -254,37 +260,42 @@ class Screener {
         score_bytes(i, height, wide, out);
       else
         score_floats(i, height, wide, out);
-      for (int r = 0; r < height; ++r)
-        for (int j = 0; j < wide; ++j) {
-          const F s = load_bits<F>(out + (r * wide + j) * L);
-          least[j] = s < least[j] ? s : least[j];
-        }
     }
-    for (int j = 0; j < wide; ++j) store_bits(least_ + j * L, least[j], false);
   }
 
   void score_floats(int64_t i, int height, int wide, float* out) {
     static constexpr float zero[ROWS] = {};
-    const float* const rows = rows_.get() + i * chunks_ * L;
+    const float* const rows = reinterpret_cast<const float*>(rows_.get()) + i * cells_;
+    const float* const panel = reinterpret_cast<const float*>(panel_.get());
     if (cloud_.manhattan())
-      tile_of<Gaps, float>(height, wide, rows, panel_.get(), chunks_, zero, out);
+      tile_of<Gaps, float, true>(height, wide, rows, panel, cells_, zero, out);
     else
-      tile_of<Squares<float>, float>(height, wide, rows, panel_.get(), chunks_, zero, out);
+      tile_of<Squares<float>, float, true>(height, wide, rows, panel, cells_, zero, out);
+    for (int j = 0; j < wide; ++j) {
+      F least = load_bits<F>(least_ + j * L);
+      for (int r = 0; r < height; ++r) {
+        const F s = load_bits<F>(out + (r * wide + j) * L);
+        least = s < least ? s : least;
+      }
+      store_bits(least_ + j * L, least, false);
+    }
   }
 
   void score_bytes(int64_t i, int height, int wide, float* out) {
 #if VECTOR_BYTES == 64
-    const uint32_t* const rows = reinterpret_cast<const uint32_t*>(byte_rows_.get()) + i * byte_chunks_ * L;
     int32_t* const whole = reinterpret_cast<int32_t*>(out);
-    tile_of<ByteProducts, uint32_t>(height, wide, rows, reinterpret_cast<const uint32_t*>(panel_.get()), byte_chunks_,
-                                    start_, whole);
-    for (int r = 0; r < height; ++r) {
-      const F by = broadcast<F>(step_of_[i + r]), square = broadcast<F>(square_of_[i + r]);
-      for (int j = 0; j < wide; ++j) {
-        const F product = __builtin_convertvector(load_bits<Vector<int32_t>>(whole + (r * wide + j) * L), F);
-        const F step = load_bits<F>(step_ + j * L), both = load_bits<F>(square_ + j * L) + square;
-        store_bits(out + (r * wide + j) * L, fma(product * step, by, both), false);
+    tile_of<ByteProducts, uint32_t, true>(height, wide, rows_.get() + i * cells_, panel_.get(), cells_, start_, whole);
+    for (int j = 0; j < wide; ++j) {
+      const F step = load_bits<F>(step_ + j * L), own = load_bits<F>(square_ + j * L);
+      F least = load_bits<F>(least_ + j * L);
+      for (int r = 0; r < height; ++r) {
+        float* const at = out + (r * wide + j) * L;
+        const F product = __builtin_convertvector(load_bits<Vector<int32_t>>(at), F);
+        const F s = fma(product * step, broadcast<F>(step_of_[i + r]), own + broadcast<F>(square_of_[i + r]));
+        store_bits(at, s, false);
+        least = s < least ? s : least;
       }
+      store_bits(least_ + j * L, least, false);
     }
 #endif
   }
@@ -343,20 +354,20 @@ class Screener {
   const Rounding& rounding_;
   const Centers& centers_;
   const Nearest& near_;
-  const int64_t chunks_;
-  int64_t byte_chunks_ = 0, byte_room_ = 0, row_room_ = 0, count_ = 0;
+  int64_t cells_ = 0, row_room_ = 0, count_ = 0;  // cells of four bytes in a row
   const int32_t* list_ = nullptr;
   bool by_bytes_ = false;
   const float above_ = 1 + static_cast<float>(cloud_.dim + 8) * 0x1p-23F;  // rounding of a sum over the coordinates
-  float worst_ = 0;  // of what rounding took from the centers
+  float worst_ = 0;                                                        // of what rounding took from the centers
   std::vector<float> missed_of_, square_of_, step_of_;
   uint64_t open_ = 0;  // lanes for which a center may be nearer
   int64_t position_[PANEL];
   alignas(64) float bound_[PANEL], length_[PANEL], limit_[PANEL], least_[PANEL], missed_[PANEL], step_[PANEL],
       square_[PANEL];
   alignas(64) int32_t start_[PANEL];
-  Room<float> floats_ = room<float>(0), panel_ = room<float>(0), score_ = room<float>(0), rows_ = room<float>(0);
-  Room<uint8_t> whole_{nullptr, &std::free}, byte_rows_{nullptr, &std::free};
+  Room<float> floats_{nullptr, &std::free}, score_{nullptr, &std::free};
+  Room<uint32_t> panel_{nullptr, &std::free}, rows_{nullptr, &std::free};
+  Room<uint8_t> whole_{nullptr, &std::free};
 };
 
 // The meetings [begin, end).
@@ -373,8 +384,7 @@ void meet(const Cloud& cloud, const Rounding& rounding, const Centers& centers, 
 }
 
 // Values between center `from` and those of [begin, end).
-inline void between(const Centers& centers, bool manhattan, int64_t from, int64_t begin, int64_t end,
-                    double* to) {
+inline void between(const Centers& centers, bool manhattan, int64_t from, int64_t begin, int64_t end, double* to) {
   const Cloud all = cloud_of(centers, centers.width, manhattan);
   for (; begin < end; ++begin) *to++ = value<double>(all, begin, centers.at(from));
 }

@@ -42,8 +42,9 @@ def _float64(points: Tensor, *shape: int) -> Tensor:
     return points.new_empty(shape, dtype=torch.float64)
 
 
-def _fake_k_center(points, initial, mask, k, metric, engine):
+def _fake_k_center(points, initial, mask, k, metric, engine, assign=True):
     *batch, n, _ = points.shape
+    n = n if assign else 0
     return (
         _indices(points, *batch, k),
         _float64(points, *batch, k),
@@ -84,10 +85,12 @@ def _fake_nearest_to_mean(points, mask, metric):
 
 # points (n, d), or (B, n, d) with initial (B, m) and mask (B, n). Of a cloud with fewer allowed points than k, the
 # rest of the indices is -1 and of the radii 0. `engine`, an index into ENGINES, is how, and never changes the result.
+# Without `assign` labels and distances are empty, (0,) or (B, 0): what they take to find is left out.
 # -> indices, radii, labels, distances
 define(
     "k_center",
-    "(Tensor points, Tensor initial, Tensor? mask, SymInt k, int metric, int engine)"
+    "(Tensor points, Tensor initial, Tensor? mask, SymInt k, int metric, int engine,"
+    " bool assign=True)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_k_center,
 )

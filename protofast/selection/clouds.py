@@ -31,6 +31,7 @@ def k_center_of_clouds(
     lengths: Integers | None,
     refine: bool,
     engine: str,
+    assign: bool,
     backend: str | None,
 ) -> Selection:
     """`k_center` of points (B, n, d), or (B, n, n) distances; every field of the result has a leading B."""
@@ -41,7 +42,7 @@ def k_center_of_clouds(
     if first is None:
         first = _first(points, mask, start, metric, backend)
     run = overload("k_center", points.device.type, backend)
-    indices, radii, labels, distances = run(points, first, mask, k, metric, ENGINES.index(engine))
+    indices, radii, labels, distances = run(points, first, mask, k, metric, ENGINES.index(engine), assign)
     objective = radii[:, -1]
     found = Selection(
         indices, radii, labels, distances, objective, objective / (4 if metric in (SQEUCLIDEAN, COSINE) else 2)

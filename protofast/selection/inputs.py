@@ -39,8 +39,9 @@ def metric_number(metric: str) -> int:
 
 
 def points_and_mask(
-    points: Tensor | np.ndarray, metric: int, mask: Tensor | np.ndarray | None = None
+    points: Tensor | np.ndarray, metric: int, mask: Tensor | np.ndarray | None = None, *, values: bool = True
 ) -> tuple[Tensor, Tensor | None]:
+    """Without `values` those of the points are not looked at."""
     points = tensor("points", points)
     if points.ndim != 2:
         raise ValueError(f"points has shape {tuple(points.shape)}; give (n, d)")
@@ -60,7 +61,7 @@ def points_and_mask(
             raise ValueError(f"mask has shape {tuple(mask.shape)}; give one value a point, ({points.shape[0]},)")
         if mask.device != points.device:
             raise ValueError(f"mask is on {mask.device}; move it to the points' {points.device}")
-    if not torch.compiler.is_compiling():
+    if values and not torch.compiler.is_compiling():
         check_values(points, metric, mask)
     return points, mask
 

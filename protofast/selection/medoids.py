@@ -64,7 +64,9 @@ def k_medoids(
 
     Notes
     -----
-    An iteration takes n·k + Σ (cluster size)² distances, computed in tiles.
+    No matrix is made. An iteration takes at most n·k + Σ (cluster size)² distances; the compiled kernel bounds the sums
+    of most members instead, in time linear in n but for euclidean distances in many dimensions. A pass of `refine` takes
+    n² distances.
 
     Examples
     --------

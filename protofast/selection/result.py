@@ -21,7 +21,7 @@ class Selection:
         chosen so far.
     labels : int64 Tensor of shape (n,)
         Position in `indices` of the nearest chosen point, the lowest one among equals; −1 for points that `mask`
-        leaves out.
+        leaves out. Empty, as `distances` is, where ``assign=False`` was given.
     distances : float64 Tensor of shape (n,)
         Distance to that point; infinity for points that `mask` leaves out.
     objective : float64 Tensor of shape ()

@@ -34,8 +34,11 @@ def _greedy(space: Space, initial: Tensor, k: int) -> tuple[Tensor, Tensor, Tens
 
 
 def k_center(
-    points: Tensor, initial: Tensor, mask: Tensor | None, k: int, metric: int, engine: int
+    points: Tensor, initial: Tensor, mask: Tensor | None, k: int, metric: int, engine: int, assign: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not assign:
+        indices, radii, labels, distances = k_center(points, initial, mask, k, metric, engine)
+        return indices, radii, labels[..., :0].clone(), distances[..., :0].clone()
     if points.ndim == 3:
         masks = [None] * len(points) if mask is None else mask
         clouds = [_k_center(*one, k, metric) for one in zip(points, initial, masks, strict=True)]

@@ -339,7 +339,7 @@ def _distance(value: Tensor, metric: int) -> Tensor:
 
 
 def k_center(
-    points: Tensor, initial: Tensor, mask: Tensor | None, k: int, metric: int, engine: int
+    points: Tensor, initial: Tensor, mask: Tensor | None, k: int, metric: int, engine: int, assign: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch = points.shape[:-2]
     x = points if batch else points[None]
@@ -356,6 +356,8 @@ def k_center(
     if clouds and count:
         with torch.cuda.device_of(points):
             _traverse(x, initial.contiguous(), values, labels, indices, radii, k, metric)
+    if not assign:
+        return indices, _distance(radii, metric), labels.new_empty(*batch, 0), values.new_empty(*batch, 0)
     absent = values == -math.inf
     distances = _distance(values.clamp_(min=0), metric).masked_fill_(absent, math.inf)
     return indices, _distance(radii, metric), labels, distances
