@@ -70,7 +70,10 @@ def build() -> typer.Typer:
 def describe(error: Exception) -> str:
     """An exception in one line."""
     text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
-    if isinstance(error, ValueError | OSError | ImportError) and text:
+    from ._backend import BackendUnavailableError
+
+    mistakes = (ValueError, TypeError, IndexError, OSError, ImportError, BackendUnavailableError)
+    if isinstance(error, mistakes) and text:
         return text
     return f"{type(error).__name__}: {text} (PROTOFAST_DEBUG=1 shows where)"
 

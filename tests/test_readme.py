@@ -77,8 +77,8 @@ def test_snippet(code, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", commands())
 def test_command(command, tmp_path):
-    words = [word for word in shlex.split(command) if "=" not in word.split("/")[0] or word.startswith("-")]
-    program, *arguments = words
+    settings = re.compile(r"[A-Z0-9_]+=").match
+    program, *arguments = itertools.dropwhile(settings, shlex.split(command))
     if program == "make":
         run = ["make", "--dry-run", *arguments]
     elif program in ("pip", "uv"):
@@ -110,4 +110,7 @@ def small(arguments: list[str], folder: Path) -> list[str]:
         sized += ["--updates", "2", "--width", "8", "--steps", "2", "--samples", "20", "--inverted", "4"]
     if "bench" in arguments or "benchmarks" in line:
         sized += ["--help"]
+    if "select" in arguments:
+        np.save(folder / arguments[1], np.random.default_rng(0).normal(size=(300, 3)))
+        sized = [str(folder / word) if word.endswith((".npy", ".npz", ".json", ".png")) else word for word in sized]
     return sized

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import protofast as pf
 from protofast._ops.selection import METRICS, OBJECTIVES
+from protofast.selection import inputs
 
 COORDINATES = METRICS[:4]
 
@@ -535,7 +536,7 @@ POINTS = cloud("normal", 6)
         ),
         (lambda: pf.k_center(POINTS, 2.0), TypeError, "k is 2.0"),
         (lambda: pf.k_center(POINTS[:0], 1), ValueError, "at least one point"),
-        (lambda: pf.k_center(POINTS[0], 1), ValueError, r"shape \(3,\)"),
+        (lambda: pf.k_center(POINTS[0], 1), ValueError, r"shape \(3,\); give \(n, d\), as points\[:, None\] is"),
         (lambda: pf.k_center([[1.0]], 1), TypeError, "points is a list"),
         (lambda: pf.k_center(POINTS + 1j, 1), TypeError, "complex128"),
         (lambda: pf.k_center(POINTS, 1, metric="l2"), ValueError, "metric is 'l2'"),
@@ -564,6 +565,7 @@ POINTS = cloud("normal", 6)
         (lambda: pf.k_dispersion(POINTS, 2, objective="sum"), ValueError, "objective is 'sum'"),
         (lambda: pf.k_medoids(POINTS, 2, start=[1]), ValueError, "start holds 1 indices; give k = 2"),
         (lambda: pf.k_medoids(POINTS, 2, max_iter=0), ValueError, "max_iter is 0"),
+        (lambda: pf.k_medoids(POINTS, 2, max_iter=2.5), TypeError, "max_iter is 2.5; give an integer"),
         (lambda: pf.farthest_pair(POINTS[:1]), ValueError, "at least two"),
         (lambda: pf.farthest_pair(POINTS, backend="magic"), ValueError, "magic"),
     ],
@@ -571,6 +573,74 @@ POINTS = cloud("normal", 6)
 def test_errors_name_the_argument(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+SOME = torch.arange(8.0).reshape(4, 2)
+
+
+@pytest.mark.parametrize(
+    ("points", "words"),
+    [
+        (np.ma.masked_greater(SOME.numpy(), 6), "is a masked array; .* mask="),
+        (SOME.numpy().astype(">f8"), r"is an array of >f8, .*; give \.astype\('<f8'\)"),
+        (SOME.numpy().astype(object), "is an array of object"),
+        (SOME.numpy().astype(str), "is an array of <U"),
+        (SOME.numpy().astype(np.longdouble), "is an array of"),
+        (np.zeros(4, [("x", float)]), "is an array of"),
+        (SOME.numpy().astype("datetime64[s]"), "is an array of datetime64"),
+        (SOME.to_sparse(), "is a sparse or nested tensor; give a dense one"),
+        (SOME.to(torch.float8_e4m3fn), "is torch.float8_e4m3fn; give float16"),
+        (SOME.to("meta"), "is a meta tensor"),
+    ],
+    ids=lambda case: case if isinstance(case, str) else "",
+)
+def test_what_holds_no_numbers_is_refused(points, words):
+    for choose in (pf.k_center, pf.k_dispersion, pf.k_medoids, pf.selection.exact_k_center):
+        with pytest.raises(TypeError, match="^points " + words):
+            choose(points, 2)
+    with pytest.raises(TypeError, match="^points " + words):
+        pf.farthest_pair(points)
+    with pytest.raises(TypeError, match="^a batch " + words):
+        pf.selection.stream_k_center([points], 2)
+    with pytest.raises(TypeError, match="^mask " + words):
+        pf.k_center(SOME, 2, mask=points)
+
+
+def test_whether_initial_points_are_given():
+    assert [inputs.given(none) for none in (None, [], (), np.empty(0), torch.empty(0))] == [False] * 5
+    assert all(inputs.given(some) for some in ([0], (0, 1), range(2), np.ones(1), torch.ones(1), [[0], [1]]))
+    for one in (np.array(3), torch.tensor(3)):
+        with pytest.raises(ValueError, match=r"^initial has shape \(\); give a list"):
+            inputs.given(one)
+    for wrong in (3, np.int64(3), iter([1, 2]), 2.5):
+        with pytest.raises(TypeError, match=r"^initial is .*; give a list of integer indices"):
+            inputs.given(wrong)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_bad_numbers_are_refused_in_every_dtype(bad, dtype):
+    points = torch.arange(12, dtype=dtype).reshape(6, 2)
+    points[4, 1] = bad
+    mask = torch.ones(6, dtype=torch.bool)
+    words = f"holds {bad} in row 4, column 1; give finite numbers"
+    for call in (
+        lambda: pf.k_center(points, 2),
+        lambda: pf.k_center(points, 2, start=4),
+        lambda: pf.k_center(points, 2, start="center"),
+        lambda: pf.k_center(points, 2, mask=mask),
+        lambda: pf.k_center(points[None], 2),
+        lambda: pf.k_dispersion(points, 2),
+        lambda: pf.k_medoids(points, 2),
+        lambda: pf.farthest_pair(points),
+        lambda: pf.selection.exact_k_center(points, 2),
+        lambda: pf.selection.stream_k_center(points, 2),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+    points[4, 1] = min(1e150, torch.finfo(dtype).max)
+    assert pf.farthest_pair(points)[0] == 0
+    assert pf.farthest_pair(points)[1] == 4
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e200])

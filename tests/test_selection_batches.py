@@ -81,6 +81,12 @@ def test_initial_points_of_each_cloud():
     assert none.indices[:, 0].tolist() == [0] * 4
 
 
+def test_no_initial_points():
+    plain = pf.k_center(POINTS, 3)
+    for none in ([], torch.empty(0), torch.empty(len(POINTS), 0, dtype=torch.int64)):
+        assert pf.k_center(POINTS, 3, initial=none).indices.equal(plain.indices)
+
+
 def test_random_starts_are_allowed_points_and_differ():
     points, lengths = clouds("euclidean", count=200), torch.arange(200) % 12 + 1
     mask = torch.arange(12) % 3 != 1
@@ -189,6 +195,9 @@ BAD[2, 3, 1] = math.nan
             "twice for cloud 1",
         ),
         (lambda: pf.k_center(POINTS, 2, initial=[[1], [2], [-3], [4]]), IndexError, "initial is -3 for cloud 2"),
+        (lambda: pf.k_center(POINTS, 2, initial=3), TypeError, "initial is 3; give a list"),
+        (lambda: pf.k_center(POINTS, 2, initial=iter([[1]])), TypeError, "initial is <list_iterator"),
+        (lambda: pf.k_center(POINTS, 2, initial=torch.tensor(3)), ValueError, r"initial has shape \(\)"),
         (lambda: pf.k_center(BAD, 2), ValueError, "cloud 2: points holds nan in row 3, column 1"),
         (lambda: pf.k_center(POINTS, 1, engine="magic"), ValueError, "engine is 'magic'"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -76,6 +77,7 @@ CALLS = [
         lambda x: pf.k_dispersion(x, 7, objective="max-sum", refine=False),
     ),
     (["--algorithm", "k-medoids"], lambda x: pf.k_medoids(x, 7)),
+    (["--algorithm", "k-medoids", "--refine"], lambda x: pf.k_medoids(x, 7, refine=True)),
     (
         ["--algorithm", "k-medoids", "--start", "random", "--seed", "3", "--metric", "euclidean"],
         lambda x: pf.k_medoids(x, 7, start=torch.Generator().manual_seed(3), metric="euclidean"),
@@ -205,6 +207,44 @@ def test_picture(app, tmp_path, shape):
     assert (pixels.sum(-1) < 600).sum() > 2 * orange
 
 
+def test_a_lone_point_is_seen_in_the_density(tmp_path):
+    for module in ("matplotlib", "PIL"):
+        pytest.importorskip(module, reason=f"{module} is absent: pip install 'protofast[pxgen]'")
+    from PIL import Image
+
+    from protofast.selection.picture import MOST_POINTS, draw
+
+    points = np.zeros((MOST_POINTS + 2, 2))
+    points[-2:] = [[7, 7], [10, 10]]
+    draw(tmp_path / "x.png", points, pf.k_center(points, 1, start=len(points) - 1))
+    pixels = np.asarray(Image.open(tmp_path / "x.png").convert("L")).astype(int)
+    height, width = pixels.shape
+    around = pixels[height // 6 : height // 2, int(0.4 * width) : int(0.7 * width)]  # nothing else is there
+    assert (around < 200).sum() > 20
+
+
+@pytest.mark.parametrize("n", [1, 50, 21_000])
+def test_a_picture_of_equal_points(tmp_path, n, recwarn):
+    for module in ("matplotlib", "PIL", "sklearn"):
+        pytest.importorskip(module, reason=f"{module} is absent: pip install 'protofast[pxgen]'")
+    from protofast.selection.picture import _plane, draw
+
+    points = np.full((n, 3), 0.1)
+    draw(tmp_path / "x.png", points, pf.k_center(points, 1))
+    assert _plane(points, np.array([0]))[1] == ("all points are equal", "")
+    assert [str(one.message) for one in recwarn] == []
+
+
+def test_a_picture_shows_the_one_point_that_differs():
+    pytest.importorskip("sklearn", reason="scikit-learn is absent: pip install 'protofast[data]'")
+    from protofast.selection.picture import _plane
+
+    points = np.zeros((100_001, 3), np.float32)
+    points[77_777] = 1
+    plane, _ = _plane(points, np.array([0, 77_777]))
+    assert np.abs(plane[77_777] - plane[0]).max() > 1
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -214,8 +254,15 @@ def test_picture(app, tmp_path, shape):
         ("x.npz", b"nothing", "x.npz is"),
         ("x.pt", b"nothing", "x.pt is"),
         ("x.safetensors", b"nothing", "x.safetensors is no whole .safetensors file"),
-        ("x.csv", b"a,b\n1,2\n3,four\n", "x.csv: could not convert"),
-        ("x.csv", b"a,b\n1,2\n3,nan\n", "holds nan in row 1, column 1"),
+        ("x.csv", b"a,b\n1,2\n3,four\n", "x.csv, line 3, holds 'four'"),
+        ("x.csv", b"# by hand\na,b\n1,2\n\n3,nan\n", "x.csv, line 5, holds 'nan'"),
+        ("x.csv", b"1.5,,2\n3,4,5\n", "x.csv, line 1, holds ''; give numbers"),
+        ("x.csv", b"1.5,x\n3,4\n", "x.csv, line 1, holds 'x'"),
+        ("x.csv", b"a,b\n1,2\n3\n", "x.csv, line 3, holds 1 fields, and those before hold 2"),
+        ("x.csv", b"1;2\n3;4\n", "x.csv, line 2, holds '3;4'"),
+        ("x.csv", b"a,b\n", "x.csv holds no line of numbers"),
+        ("x.csv", b"", "x.csv holds no line of numbers"),
+        ("x.csv", b"\xff\xfe1\x00", "x.csv is no text in UTF-8"),
     ],
 )
 def test_files_that_do_not_fit(app, tmp_path, name, content, message):
@@ -230,6 +277,8 @@ def refused(result, message):
     assert result.exit_code == 1, result.output
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
+    assert "PROTOFAST_DEBUG" not in result.stderr
+    assert not re.match(r"error: \w+Error:", result.stderr)
     assert len(result.stderr.strip().splitlines()) == 1
 
 
@@ -237,6 +286,8 @@ def test_more_that_does_not_fit(app, file, tmp_path):
     np.savez(tmp_path / "two.npz", a=np.zeros((3, 1)), b=np.zeros((3, 1)))
     np.save(tmp_path / "words.npy", np.array(["a", "b"]))
     np.save(tmp_path / "flat.npy", np.zeros(4))
+    np.save(tmp_path / "halves.npy", np.array([0.5]))
+    (tmp_path / "damaged.npy").write_bytes(b"nothing")
     torch.save([1, 2], tmp_path / "list.pt")
     (tmp_path / "folder").mkdir()
     for arguments, message in (
@@ -254,6 +305,9 @@ def test_more_that_does_not_fit(app, file, tmp_path):
         ([file, "-k", 2, "--engine", "magic"], "engine is 'magic'"),
         ([file, "-k", 2, "--backend", "magic"], "backend is 'magic'"),
         ([file, "-k", 2, "--device", "nowhere"], "--device nowhere does not work here"),
+        ([file, "-k", 2, "--initial", "absent.npy"], "--initial absent.npy is no file; give rows"),
+        ([file, "-k", 2, "--initial", tmp_path / "halves.npy"], "give integer indices"),
+        ([file, "-k", 2, "--initial", tmp_path / "damaged.npy"], "damaged.npy is no whole .npy file of rows"),
         ([file, "-k", 2, "-o", file / "x.npz"], "is no place for a file"),
         ([file, "-k", 2, "-o", tmp_path / "folder" / "x.npz", "--picture", file / "x.png"], "is no place for a file"),
     ):
@@ -275,13 +329,72 @@ def test_more_that_does_not_fit(app, file, tmp_path):
         ["-k", 2, "--initial", "1,x"],
         ["-k", 2, "--initial", "1", "--algorithm", "exact"],
         ["-k", 2, "--time-limit", "1"],
-        ["-k", 2, "--refine", "--algorithm", "k-medoids"],
+        ["-k", 2, "--refine", "--algorithm", "exact"],
+        ["-k", 2, "--objective", "max-sum"],
+        ["-k", 2, "--objective", "max-min", "--algorithm", "k-medoids"],
+        ["-k", 2, "--engine", "auto", "--algorithm", "k-dispersion"],
+        ["-k", 2, "--seed", "0", "--algorithm", "exact"],
+        ["-k", 2, "--seed", "0"],
+        ["-k", 2, "--seed", "0", "--start", "center"],
+        ["-k", 2, "--initial", "1", "--start", "3"],
+        ["-k", 2, "--algorithm", "exact", "--time-limit", "0"],
+        ["-k", 2, "--algorithm", "exact", "--time-limit", "-1"],
+        ["-k", 2, "--algorithm", "exact", "--time-limit", "nan"],
     ],
 )
 def test_wrong_use_ends_with_two(app, file, arguments):
     result = run(app, file, *arguments)
     assert result.exit_code == 2, result.output
     assert "Usage" in result.stderr
+
+
+def test_an_input_is_never_written_over(app, tmp_path, points):
+    file, link = tmp_path / "points.npz", tmp_path / "link.npz"
+    np.savez(file, points=points)
+    link.symlink_to(file)
+    np.save(tmp_path / "first.npy", [1, 2])
+    (tmp_path / "first.npz").symlink_to(tmp_path / "first.npy")
+    (tmp_path / "x.png").symlink_to(file)
+    before = file.read_bytes()
+    for arguments in (
+        [file, "-o", file],
+        [file, "-o", link],
+        [link, "-o", file],
+        [file, "-o", tmp_path / "folder" / ".." / "points.npz"],
+        [file, "--picture", tmp_path / "x.png"],
+        [file, "--initial", tmp_path / "first.npy", "-o", tmp_path / "first.npz"],
+    ):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        refused(run(app, *arguments, "-k", 3), "is read, and would be written over")
+    assert file.read_bytes() == before
+    assert link.is_symlink()
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_nor_by_many_processes(monkeypatch, tmp_path, capsys, labels):
+    from protofast.selection.distributed import command
+
+    file = tmp_path / "rank-00000.npz"
+    np.savez(file, points=np.eye(3))
+    out = ["-o", str(tmp_path / "out.npz"), "--labels", str(tmp_path)] if labels else ["-o", str(file)]
+    monkeypatch.setattr("sys.argv", ["select", str(tmp_path / "*.npz"), "-k", "2", *out])
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit, match="1"):
+        command.main()
+    assert "is read, and would be written over" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options", [["--start", "3"], ["--seed", "1"], ["--algorithm", "k-center", "--objective", "max-sum"], ["--refine"]]
+)
+def test_options_of_many_processes(monkeypatch, options):
+    from protofast.selection.distributed import command
+
+    algorithm = [] if "--objective" in options or "--refine" in options else ["--algorithm", "k-dispersion"]
+    monkeypatch.setattr("sys.argv", ["select", "x.npy", "-k", "2", "-o", "out.npz", *algorithm, *options])
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit, match="2"):
+        command.main()
 
 
 @pytest.mark.skipif(

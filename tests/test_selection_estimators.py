@@ -49,6 +49,7 @@ CASES = [
         lambda x: pf.k_dispersion(x, 4, objective="max-sum", metric="manhattan", refine=False),
     ),
     (KMedoids(4), lambda x: pf.k_medoids(x, 4)),
+    (KMedoids(4, refine=True), lambda x: pf.k_medoids(x, 4, refine=True)),
     (
         KMedoids(3, start=[7, 1, 30], metric="euclidean"),
         lambda x: pf.k_medoids(x, 3, metric="euclidean", start=[7, 1, 30]),
@@ -113,6 +114,41 @@ def test_precomputed_distances(model):
     side = np.arange(6) < 3
     parts = np.where(side[:, None] == side, 1 - np.eye(6), np.inf)
     assert KCenter(2, metric="precomputed").fit(parts).radius_ == 1  # infinity between the two parts
+
+
+def test_new_points_beyond_what_distances_hold():
+    x = points()
+    for metric in METRICS:
+        model = KCenter(4, metric=metric).fit(x)
+        for value in (1e155, -1e300):
+            new = points(5, seed=1)
+            new[3, 2] = value
+            for use in (model.predict, model.transform):
+                with pytest.raises(ValueError, match=r"X holds -?1e\+\d+ in row 3, column 2"):
+                    use(new)
+    model = KCenter(2, metric="precomputed").fit(pairwise_distances(x))
+    rows = np.ones((2, 60))
+    for value in (np.nan, -1):
+        rows[1, model.selected_idx_[1]] = value
+        with pytest.raises(ValueError, match=rf"in row 1, column {model.selected_idx_[1]}; give distances"):
+            model.predict(rows)
+
+
+def test_distances_far_from_the_origin():
+    x = np.array([[1e10, 1.0], [1e10, 2.0], [1e10, 4.0]])
+    model = KCenter(2).fit(x)
+    assert model.transform(x).tolist() == [[0, 3], [1, 2], [3, 0]]  # by norms all would be 0
+
+
+def test_transform_in_blocks(monkeypatch):
+    from protofast.selection import estimators
+
+    for metric in METRICS:
+        model = KCenter(6, metric=metric).fit(points())
+        whole = model.transform(points(35, seed=1))
+        with monkeypatch.context() as patch:
+            patch.setattr(estimators, "NUMBERS", 24)
+            assert np.array_equal(model.transform(points(35, seed=1)), whole)
 
 
 def test_random_starts():

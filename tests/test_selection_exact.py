@@ -188,6 +188,48 @@ def test_exact_k_center_without_triangle_inequality_or_search(monkeypatch, poor)
         assert found.objective == found.bound == best
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("poor", [False, True])
+@pytest.mark.parametrize("share", [0.2, 0.6])
+def test_exact_k_center_with_unreachable_points(monkeypatch, poor, share):
+    """Also of one whose optimum is infinite."""
+    if poor:
+        monkeypatch.setattr(exact, "search", lambda values, chosen, **_: chosen)
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        d = rng.integers(1, 50, (12, 12)).astype(float)
+        d[rng.random((12, 12)) < share] = np.inf
+        d = d + d.T
+        np.fill_diagonal(d, 0)
+        found = exact_k_center(d, 3, metric="precomputed")
+        best = min(d[list(some)].min(0).max() for some in itertools.combinations(range(12), 3))
+        assert found.objective == found.bound == best
+
+
+def test_search_is_short_where_little_can_be_swapped(monkeypatch):
+    steps = []
+    cover = refine._cover_within
+
+    def counted(values, radius, chosen, fixed, swaps):
+        steps.append(swaps)
+        return cover(values, radius, chosen, fixed, swaps)
+
+    monkeypatch.setattr(refine, "_cover_within", counted)
+    points = cloud("normal", n=12, d=2)
+    d = distances(points, "euclidean")
+    best = min(d[list(some)].min(0).max() for some in itertools.combinations(range(12), 3))
+    assert pf.k_center(points, 3, refine=True).objective == best
+    assert 0 < max(steps) < 40
+    steps.clear()
+    pf.k_center(cloud("normal", n=300), 20, refine=True)
+    assert max(steps) == refine.SWAPS
+    steps.clear()
+    thirds = np.array([[0.0], [1.0], [2.0], [10.0], [11.0], [12.0]])  # the optimum is half of greedy's
+    assert pf.k_center(thirds, 2, refine=True).objective == 1
+    assert exact_k_center(thirds, 2).indices.tolist() == [1, 4]
+    assert len(steps) <= 4  # none in vain
+
+
 @instances
 @pytest.mark.parametrize("number", range(1, 24))
 def test_exact_pmed(number):
@@ -258,6 +300,12 @@ def test_what_exact_methods_refuse(monkeypatch, solve):
         solve(torch.zeros(20_000, 2), 3)
     with pytest.raises(ValueError, match="time_limit is 0; give seconds above 0"):
         solve(cloud("normal"), 3, time_limit=0)
+    for wrong in ("1", [1], 1j):
+        with pytest.raises(TypeError, match=r"time_limit is .*; give seconds above 0"):
+            solve(cloud("normal"), 3, time_limit=wrong)
+    for shape in ((), (5,)):
+        with pytest.raises(ValueError, match=r"points has shape \(5?,?\); give \(n, d\)"):
+            solve(torch.ones(shape), 3)
     with pytest.raises(ValueError, match="k is 41"):
         solve(cloud("normal"), 41)
     with pytest.raises(ValueError, match="metric is 'l3'"):

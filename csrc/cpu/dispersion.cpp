@@ -89,16 +89,15 @@ void farthest_pair(const FarthestPair& args) {
     pair = scan(cloud, type, value);
   else
     pair = FarthestSearch(cloud, type.loops, cpu_isa() >= Isa::avx512vnni).run(value);
+  STD_TORCH_CHECK(0 <= pair.first && pair.first < cloud.count && 0 <= pair.second && pair.second < cloud.count,
+                  "points hold values that are not finite");
   args.pair[0] = cloud.at(pair.first), args.pair[1] = cloud.at(pair.second);
   *args.distance = distance(args.measure, value);
 }
 
 std::vector<int64_t> positions(const Allowed& allowed, const int64_t* indices, int64_t count) {
   std::vector<int64_t> found(count);
-  for (int64_t i = 0; i < count; ++i) {
-    found[i] = allowed.position(indices[i]);
-    STD_TORCH_CHECK(0 <= indices[i] && found[i] < allowed.cloud.count, "indices must hold allowed ones");
-  }
+  for (int64_t i = 0; i < count; ++i) found[i] = allowed.position(indices[i]);
   return found;
 }
 

@@ -223,6 +223,7 @@ class SumsOfDistances {
   // Adds the points with the largest sums.
   void choose(int64_t k) {
     while (chosen_.count() < k) {
+      STD_TORCH_CHECK(farthest_.position < chosen_.cloud().count, "points hold values that are not finite");
       chosen_.add(farthest_.position);
       farthest_ = take(chosen_.count() - 1);
     }

@@ -146,11 +146,7 @@ void k_center_of(const KCenter& args, int64_t number) {
   std::fill_n(near.value, cloud.count, std::numeric_limits<double>::infinity());
   std::fill_n(near.label, cloud.count, 0);
   std::vector<int64_t> given(args.initial + number * args.given, args.initial + (number + 1) * args.given);
-  if (cloud.rows)
-    for (int64_t& index : given)
-      index = std::lower_bound(allowed.rows.begin(), allowed.rows.end(), index) - allowed.rows.begin();
-  for (const int64_t position : given)
-    STD_TORCH_CHECK(0 <= position && position < cloud.count, "initial must hold allowed indices");
+  for (int64_t& index : given) index = allowed.position(index);
   const Choices choices{
       cloud, near, given.data(), std::ssize(given), k, args.assign, args.indices + number * k, args.radii + number * k};
   const Dtype dtype = args.points.dtype;
@@ -201,6 +197,14 @@ void k_center_of(const KCenter& args, int64_t number) {
 }
 
 void k_center(const KCenter& args) {
+  // What is raised in a thread loses its text.
+  const int64_t n = args.points.count;
+  for (int64_t i = 0; i < args.points.clouds * args.given; ++i) {
+    const int64_t index = args.initial[i];
+    STD_TORCH_CHECK(
+        0 <= index && index < n && (!args.points.allowed || args.points.allowed[i / args.given * n + index]),
+        "initial holds ", index, ", which is not an allowed point");
+  }
   parallel(args.points.clouds, 1, [&](int64_t begin, int64_t end) {
     for (int64_t number = begin; number < end; ++number) k_center_of(args, number);
   });

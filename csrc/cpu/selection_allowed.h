@@ -1,6 +1,8 @@
 // The allowed points of a cloud, and results by position and by point.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 #include <iterator>
 #include <vector>
@@ -36,7 +38,10 @@ struct Allowed {
   Allowed(const Allowed&) = delete;
 
   int64_t position(int64_t index) const {
-    return cloud.rows ? std::lower_bound(rows.begin(), rows.end(), index) - rows.begin() : index;
+    const int64_t found = cloud.rows ? std::lower_bound(rows.begin(), rows.end(), index) - rows.begin() : index;
+    STD_TORCH_CHECK(0 <= found && found < cloud.count && cloud.at(found) == index, "index ", index,
+                    " is not that of an allowed point");
+    return found;
   }
 
   // Results by position, as results by point, in place.

@@ -28,7 +28,7 @@ struct SelectionLoops {
 class Covering {
  public:
   Covering(const Cloud& cloud, const SelectionLoops& loops, const Nearest& near, int64_t most, bool bytes, bool wide)
-      : cloud_(cloud), loops_(loops), near_(near), centers_(most, cloud.width()), most_(wide ? 1000 : 126) {
+      : cloud_(cloud), loops_(loops), near_(near), centers_(most, cloud.width()), wide_(wide) {
     rounding_.dim = cloud.dim, rounding_.manhattan = cloud.manhattan(), rounding_.bytes = bytes;
   }
 
@@ -67,8 +67,9 @@ class Covering {
   // Chooses how to round, from values that no two points exceed twice.
   void set_scale(double farthest) {
     const double reach = cloud_.length(farthest);
-    const int exponent = reach == 0 ? 0 : std::isfinite(reach) ? std::ilogb(reach) + 2 : most_;
-    rounding_.scale = std::ldexp(1, std::clamp(-exponent, -most_, most_));
+    const int most = wide_ ? 1000 : 126;
+    const int exponent = reach == 0 ? 0 : std::isfinite(reach) ? std::ilogb(reach) + 2 : most;
+    rounding_.scale = std::ldexp(1, std::clamp(-exponent, -most, most));
     rounding_.depth = (std::max<int64_t>(cloud_.dim, 1) + 63) / 64 * 64;
     const int64_t width = cloud_.width(), sample = std::min<int64_t>(cloud_.count, 64);
     std::vector<double> one(width), mean(width);
@@ -79,7 +80,8 @@ class Covering {
     rounding_.as_float.assign(std::max(rounding_.depth, width), 0);
     rounding_.shift.assign(std::max(rounding_.depth, width), 0);
     for (int64_t c = 0; c < cloud_.dim; ++c)
-      rounding_.shift[c] = rounding_.as_float[c] = static_cast<float>(-mean[c] * rounding_.scale);
+      rounding_.shift[c] = -mean[c] * rounding_.scale, rounding_.as_float[c] = static_cast<float>(rounding_.shift[c]);
+    if (!wide_) std::copy(rounding_.as_float.begin(), rounding_.as_float.end(), rounding_.shift.begin());
   }
 
   // Brings points together with centers.
@@ -192,7 +194,7 @@ class Covering {
   Nearest near_;
   Centers centers_;
   Rounding rounding_;
-  int most_;  // exponent of a scale
+  bool wide_;  // whether the points are float64
 };
 
 // Every point meets every choice.

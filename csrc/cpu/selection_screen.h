@@ -117,7 +117,7 @@ class Screener {
   void use(const int32_t* list, int64_t count) {
     const int64_t depth = rounding_.depth;
     list_ = list, count_ = count;
-    by_bytes_ = rounding_.bytes && count >= FEW && !cloud_.manhattan();
+    by_bytes_ = rounding_.bytes && count >= FEW && !cloud_.manhattan() && cloud_.dim <= MOST_BYTES;
     cells_ = by_bytes_ ? (cloud_.dim + 3) / 4 : cloud_.dim;
     if (by_bytes_ && !whole_) whole_ = room<uint8_t>(PANEL * depth);
     const void* const rows = by_bytes_ ? static_cast<const void*>(centers_.bytes.data()) : centers_.rows.data();
@@ -156,8 +156,9 @@ class Screener {
   }
 
  private:
-  static constexpr int64_t FEW = 24;        // centers for which bytes do not pay
-  static constexpr float LESS = 1 - 2e-6F;  // what float32 may add to a score made of bytes
+  static constexpr int64_t FEW = 24;              // centers for which bytes do not pay
+  static constexpr int64_t MOST_BYTES = 1 << 14;  // coordinates whose squares in bytes float32 adds up exactly
+  static constexpr float LESS = 1 - 2e-6F;        // what float32 may add to a score made of bytes
   template <class N>
   using Room = std::unique_ptr<N[], void (*)(void*)>;
   template <class N>
@@ -179,8 +180,6 @@ class Screener {
 
   void pack(int count) {
     const int64_t depth = rounding_.depth;
-    // No point is farther from the middle than the unit.
-    constexpr float rounded = 2 * ROUNDED + TINY;
     open_ = 0;
     for (int i = 0; i < PANEL; ++i) {
       if (i >= count) {
@@ -188,8 +187,8 @@ class Screener {
         continue;
       }
       float* const row = floats_.get() + i * depth;
-      [[maybe_unused]] const float most = round_row<T>(cloud_, rounding_, position_[i], row);
-      missed_[i] = rounded, step_[i] = square_[i] = 0;
+      const float most = round_row<T>(cloud_, rounding_, position_[i], row);
+      missed_[i] = most * longest_ * ROUNDED + TINY, step_[i] = square_[i] = 0;
       // The direction of zero vectors is left out.
       if (cloud_.cosine() && cloud_.norms[position_[i]] == 0) missed_[i] += static_cast<float>(rounding_.scale);
 #if VECTOR_BYTES == 64
@@ -358,7 +357,10 @@ class Screener {
   const int32_t* list_ = nullptr;
   bool by_bytes_ = false;
   const float above_ = 1 + static_cast<float>(cloud_.dim + 8) * 0x1p-23F;  // rounding of a sum over the coordinates
-  float worst_ = 0;                                                        // of what rounding took from the centers
+  // The length of a row whose coordinates are all one.
+  const float longest_ =
+      cloud_.manhattan() ? static_cast<float>(cloud_.dim) : std::sqrt(static_cast<float>(cloud_.dim));
+  float worst_ = 0;  // of what rounding took from the centers
   std::vector<float> missed_of_, square_of_, step_of_;
   uint64_t open_ = 0;  // lanes for which a center may be nearer
   int64_t position_[PANEL];

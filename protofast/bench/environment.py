@@ -14,7 +14,8 @@ import torch
 
 _PACKAGES = (
     *("protofast", "torch", "triton", "numpy", "diffusers", "scipy", "scikit-learn"),
-    *("torch-cluster", "fpsample", "pykeops", "faiss-cpu"),
+    *("torch-cluster", "torch-quickfps", "torch-fps", "fpsample", "gudhi", "skmatter", "kmedoids"),
+    *("pykeops", "faiss-cpu"),
 )
 
 

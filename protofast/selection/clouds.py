@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._backend import overload
 from .._ops.selection import COSINE, ENGINES, PRECOMPUTED, SQEUCLIDEAN
-from .inputs import LARGEST, check_values, number_to_choose, tensor
+from .inputs import check_values, given, largest, number_to_choose, tensor
 from .refine import refined
 from .result import Selection
 
@@ -37,7 +37,7 @@ def k_center_of_clouds(
     """`k_center` of points (B, n, d), or (B, n, n) distances; every field of the result has a leading B."""
     points, mask = _points_and_mask(points, metric, mask, lengths)
     k = number_to_choose(k, points[0], None)
-    first = None if initial is None else _initial(initial, k, points, mask)
+    first = _initial(initial, k, points, mask) if given(initial) else None
     fixed = 0 if first is None else first.shape[1]
     if first is None:
         first = _first(points, mask, start, metric, backend)
@@ -91,7 +91,7 @@ def _points_and_mask(
 def _check_values(points: Tensor, metric: int, mask: Tensor | None) -> None:
     if metric != PRECOMPUTED and points.numel():
         least, most = points.aminmax()
-        if least >= -LARGEST and most <= LARGEST:
+        if least >= -largest(points.dtype) and most <= largest(points.dtype):
             return
     for number, cloud in enumerate(points):  # what padding holds does not matter
         try:
@@ -100,13 +100,13 @@ def _check_values(points: Tensor, metric: int, mask: Tensor | None) -> None:
             raise ValueError(f"cloud {number}: {error}") from None
 
 
-def _integers(name: str, given: Any) -> Tensor:
-    if not isinstance(given, (Tensor, np.ndarray)):
+def _integers(name: str, value: Any) -> Tensor:
+    if not isinstance(value, (Tensor, np.ndarray)):
         try:
-            given = np.asarray(given)
+            value = np.asarray(value)
         except ValueError:
             raise ValueError(f"{name} has rows of different lengths; give as many for each cloud") from None
-    found = tensor(name, given)
+    found = tensor(name, value)
     if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
         raise TypeError(f"{name} is {found.dtype}; give integers")
     return found.long()
@@ -130,8 +130,8 @@ def _check_allowed(name: str, index: Tensor, points: Tensor, mask: Tensor | None
             _each(left, f"{name} is {{}} for cloud {{}}, which mask or lengths leave out; give an allowed one", column)
 
 
-def _initial(given: Integers, k: int, points: Tensor, mask: Tensor | None) -> Tensor | None:
-    index = _integers("initial", given).to(points.device)
+def _initial(initial: Any, k: int, points: Tensor, mask: Tensor | None) -> Tensor | None:
+    index = _integers("initial", initial).to(points.device)
     if index.ndim != 2 or len(index) != len(points) or index.shape[1] > k:
         raise ValueError(f"initial has shape {tuple(index.shape)}; give (B, m) = ({len(points)}, 1 to k = {k})")
     if not index.shape[1]:

@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
 Option = typer.Option
 
-ALGORITHMS = ("k-center", "k-dispersion", "k-medoids", "exact")
+ALGORITHMS = {  # and the options that not all of them take
+    "k-center": ("--start", "--initial", "--refine", "--engine", "--seed"),
+    "k-dispersion": ("--objective", "--refine"),
+    "k-medoids": ("--start", "--refine", "--seed"),
+    "exact": ("--time-limit",),
+}
 
 
 def select(
@@ -50,19 +55,23 @@ def select(
         str | None, Option(help="k-center: rows that are chosen already, `3,17,40`, or a .npy file of them.")
     ] = None,
     objective: Annotated[
-        str, Option(help="k-dispersion: make the smallest distance large, `max-min`, or the sum, `max-sum`.")
-    ] = "max-min",
+        str | None,
+        Option(help="k-dispersion: make the smallest distance large, `max-min` (the default), or the sum, `max-sum`."),
+    ] = None,
     refine: Annotated[
         bool | None,
         Option(
             "--refine/--no-refine",
-            help="Swap chosen points for better ones afterwards; by default k-dispersion does, k-center does not.",
+            help="Swap chosen points for better ones afterwards; by default k-dispersion does, k-center and k-medoids "
+            "do not.",
         ),
     ] = None,
     time_limit: Annotated[
-        float | None, Option(min=0, help="exact: seconds after which the best found so far is given, with its gap.")
+        float | None, Option(help="exact: seconds after which the best found so far is given, with its gap.")
     ] = None,
-    engine: Annotated[str, Option(help="k-center: `plain`, `boxes`, `pool` or `auto`; how fast, never what.")] = "auto",
+    engine: Annotated[
+        str | None, Option(help="k-center: `plain`, `boxes`, `pool` or `auto` (the default); how fast, never what.")
+    ] = None,
     backend: Annotated[
         str | None, Option(help="`native`, `triton` or `reference`; by default the fastest here.")
     ] = None,
@@ -70,7 +79,7 @@ def select(
     key: Annotated[
         str | None, Option(help="Name of the array in a file of several; by default `points`, or the only one.")
     ] = None,
-    seed: Annotated[int, Option(min=0, help="Seed of `--start random`.")] = 0,
+    seed: Annotated[int | None, Option(min=0, help="Seed of `--start random`; by default 0.")] = None,
     out: Annotated[
         Path | None,
         Option(
@@ -102,22 +111,32 @@ def select(
 
     In Python: `found = numpy.load("chosen.npz"); points[found["indices"]]`
     """
-    wrong = [("--initial", initial), ("--time-limit", time_limit)]
-    allowed = {"k-center": "--initial", "exact": "--time-limit"}.get(algorithm)
     if algorithm not in ALGORITHMS:
         raise typer.BadParameter(f"{algorithm!r} is none of {', '.join(ALGORITHMS)}", param_hint="--algorithm")
-    for name, given in wrong:
-        if given is not None and name != allowed:
+    for name, value in (
+        ("--start", start),
+        ("--initial", initial),
+        ("--objective", objective),
+        ("--refine", refine),
+        ("--time-limit", time_limit),
+        ("--engine", engine),
+        ("--seed", seed),
+    ):
+        if value is not None and name not in ALGORITHMS[algorithm]:
             raise typer.BadParameter(f"{algorithm} does not take it", param_hint=name)
-    if refine is not None and algorithm not in ("k-center", "k-dispersion"):
-        raise typer.BadParameter(f"{algorithm} does not take it", param_hint="--refine")
-    if start is not None and algorithm not in ("k-center", "k-medoids"):
-        raise typer.BadParameter(f"{algorithm} does not take it", param_hint="--start")
+    if initial is not None and start is not None:
+        raise typer.BadParameter("--initial names the first choices already; leave it out", param_hint="--start")
+    if seed is not None and start != "random":
+        raise typer.BadParameter("nothing is drawn without --start random; leave it out", param_hint="--seed")
+    if time_limit is not None and not time_limit > 0:
+        raise typer.BadParameter(f"{time_limit:g} seconds; give more than 0", param_hint="--time-limit")
     if out is not None and out.suffix not in (".npz", ".json"):
         raise typer.BadParameter(f"{out} ends neither in .npz nor in .json", param_hint="--out")
     if picture is not None and picture.suffix != ".png":
         raise typer.BadParameter(f"{picture} does not end in .png", param_hint="--picture")
     metric = metric or ("manhattan" if algorithm == "k-medoids" else "euclidean")
+    objective = objective or ("max-min" if algorithm == "k-dispersion" else None)
+    seed = 0 if start == "random" and seed is None else seed
     if picture is not None and metric == "precomputed":
         raise typer.BadParameter("distances have no coordinates to draw", param_hint="--picture")
     for path in (out, picture):
@@ -126,6 +145,9 @@ def select(
 
     from . import files
 
+    inputs = [points, Path(initial)] if initial is not None and initial.endswith(".npy") else [points]
+    files.spare(inputs, [path for path in (out, picture) if path is not None])
+    first = None if initial is None else _rows(initial)
     x = files.read(points, key)
     begin = time.perf_counter()
     found = _choose(
@@ -134,7 +156,7 @@ def select(
         algorithm,
         metric=metric,
         start=start,
-        initial=initial,
+        first=first,
         objective=objective,
         refine=refine,
         time_limit=time_limit,
@@ -152,7 +174,7 @@ def select(
         "metric": metric,
         "start": start,
         "initial": initial,
-        "objective": objective if algorithm == "k-dispersion" else None,
+        "objective": objective,
         "refine": refine,
         "seed": seed,
     }
@@ -189,14 +211,14 @@ def _choose(
     *,
     metric: str,
     start: str | None,
-    initial: str | None,
-    objective: str,
+    first: np.ndarray | None,
+    objective: str | None,
     refine: bool | None,
     time_limit: float | None,
-    engine: str,
+    engine: str | None,
     backend: str | None,
     device: str,
-    seed: int,
+    seed: int | None,
 ) -> Selection:
     import torch
 
@@ -210,17 +232,17 @@ def _choose(
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"--device {device} does not work here: {error}") from error
     options: dict[str, Any] = {"metric": metric, "backend": backend}
-    random = torch.Generator().manual_seed(seed) if start == "random" else None
+    random = torch.Generator().manual_seed(seed or 0) if start == "random" else None
     if algorithm == "k-center":
-        if initial is not None:
-            options["initial"] = _rows(initial)
-        return k_center(points, k, start=random or _start(start), refine=bool(refine), engine=engine, **options)
+        begin = random or _start(start)
+        options |= {"initial": first, "refine": bool(refine), "engine": engine or "auto"}
+        return k_center(points, k, start=begin, **options)
     if algorithm == "k-dispersion":
-        return k_dispersion(points, k, objective=objective, refine=refine is not False, **options)
+        return k_dispersion(points, k, objective=objective or "max-min", refine=refine is not False, **options)
     if algorithm == "k-medoids":
         if start not in (None, "even", "random"):
             raise typer.BadParameter(f"{start!r} is neither even nor random", param_hint="--start")
-        return k_medoids(points, k, start=random, **options)
+        return k_medoids(points, k, start=random, refine=bool(refine), **options)
     from .exact import exact_k_center
 
     return exact_k_center(points, k, time_limit=time_limit, **options)
@@ -240,7 +262,12 @@ def _rows(text: str) -> np.ndarray:
     import numpy as np
 
     if text.endswith(".npy"):
-        return np.load(text, allow_pickle=False)
+        if not Path(text).is_file():
+            raise FileNotFoundError(f"--initial {text} is no file; give rows, 3,17,40, or a .npy file of them")
+        try:
+            return np.load(text, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"--initial {text} is no whole .npy file of rows ({error}); save it again") from error
     words = [word.strip() for word in text.split(",") if word.strip()]
     if not words or not all(word.isdigit() for word in words):
         raise typer.BadParameter(f"{text!r} is no list of rows such as 3,17,40", param_hint="--initial")
@@ -248,7 +275,7 @@ def _rows(text: str) -> np.ndarray:
 
 
 def _tell(
-    found: Selection, x: np.ndarray, algorithm: str, metric: str, objective: str, seconds: float, *, err: bool
+    found: Selection, x: np.ndarray, algorithm: str, metric: str, objective: str | None, seconds: float, *, err: bool
 ) -> None:
     k, value, bound = len(found), float(found.objective), float(found.bound)
     shape = f"{len(x):,} points" + ("" if metric == "precomputed" else f" of {x.shape[1]:,} dimensions")

@@ -51,6 +51,11 @@ def farthest_pair(
     ValueError, TypeError
         Naming the argument; with fewer than two points, or one that is not finite.
 
+    Notes
+    -----
+    Coordinates go up to 1e150. Differences below about 1e-160 count as none where their squares are added (euclidean,
+    sqeuclidean; for cosine, vectors that short count as zero), as these underflow.
+
     Examples
     --------
     >>> import torch, protofast as pf
@@ -116,6 +121,11 @@ def k_dispersion(
         Naming the argument.
     RuntimeError
         With `process_group`, when a rank ended or did not answer within the group's time-out.
+
+    Notes
+    -----
+    Coordinates go up to 1e150. Differences below about 1e-160 count as none where their squares are added (euclidean,
+    sqeuclidean; for cosine, vectors that short count as zero), as these underflow.
 
     Examples
     --------

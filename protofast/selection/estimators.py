@@ -9,11 +9,10 @@ import numpy as np
 import torch
 
 from .._backend import overload
-from .._ops.selection import COSINE, EUCLIDEAN
 from .._optional import need
 from .dispersion import k_dispersion
 from .greedy import k_center
-from .inputs import metric_number, tensor
+from .inputs import NUMBERS, check_values, metric_number, tensor
 from .medoids import k_medoids
 from .result import Selection
 
@@ -83,12 +82,17 @@ class _Selector(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, bas
 
     def _new(self, X: Any) -> np.ndarray:
         validation.check_is_fitted(self)
-        return self._checked(X, reset=False)
-
-    def _relax(self, X: np.ndarray, centers: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        wide = np.result_type(X, centers)
-        points, others = (tensor("X", array.astype(wide, copy=False)) for array in (X, centers))
-        return overload("relax", "cpu", self.backend)(points, others, None, None, metric_number(self.metric))
+        X = self._checked(X, reset=False)
+        if self.metric != "precomputed":
+            check_values(tensor("X", X), metric_number(self.metric), name="X")
+            return X
+        X = X[:, self.selected_idx_]
+        wrong = ~(X >= 0)  # NaN too
+        if wrong.any():
+            row, column = np.argwhere(wrong)[0]
+            column, value = self.selected_idx_[column], X[row, column]
+            raise ValueError(f"X holds {value} in row {row}, column {column}; give distances ≥ 0 (infinity allowed)")
+        return X
 
     def predict(self, X: Any) -> np.ndarray:
         """Number of the nearest selected point, the lowest of equals.
@@ -104,8 +108,11 @@ class _Selector(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, bas
         """
         X = self._new(X)
         if self.metric == "precomputed":
-            return X[:, self.selected_idx_].argmin(1)
-        return self._relax(X, self.cluster_centers_)[1].numpy()
+            return X.argmin(1)
+        wide = np.result_type(X, self.cluster_centers_)
+        points, others = (tensor("X", array.astype(wide, copy=False)) for array in (X, self.cluster_centers_))
+        relax = overload("relax", "cpu", self.backend)
+        return relax(points, others, None, None, metric_number(self.metric))[1].numpy()
 
     def transform(self, X: Any) -> np.ndarray:
         """Distances to the selected points.
@@ -117,17 +124,29 @@ class _Selector(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, bas
         Returns
         -------
         ndarray (n, n_selected)
-            In the type of X; under `metric`, by differences, not by the norm identity.
+            In the type of X; under `metric`, by differences in float64, not by the norm identity. They may differ from
+            those of `fit` in the last bits, so the nearest by them may be another of two at nearly equal distances:
+            `predict` says which it is.
         """
         X = self._new(X)
         if self.metric == "precomputed":
-            return X[:, self.selected_idx_]
-        number = metric_number(self.metric)
-        out = np.empty((X.shape[0], len(self.cluster_centers_)), X.dtype)
-        for column in range(out.shape[1]):
-            values = self._relax(X, self.cluster_centers_[column : column + 1])[0].numpy()
-            out[:, column] = np.sqrt(values) if number == EUCLIDEAN else values / 2 if number == COSINE else values
-        return out
+            return X
+        cdist = need("scipy.spatial.distance", "data").cdist  # scikit-learn brings it
+        kind = {"manhattan": "cityblock", "cosine": "sqeuclidean"}.get(self.metric, self.metric)
+        centers = self._coordinates(self.cluster_centers_)
+        out = np.empty((X.shape[0], len(centers)), X.dtype)
+        step = max(1, NUMBERS // max(centers.shape))
+        for start in range(0, len(X), step):
+            out[start : start + step] = cdist(self._coordinates(X[start : start + step]), centers, kind)
+        return out / 2 if self.metric == "cosine" else out
+
+    def _coordinates(self, X: np.ndarray) -> np.ndarray:
+        """What is compared, in float64: for cosine the unit vectors, and a direction of its own for zero vectors."""
+        X = X.astype(np.float64, copy=False)
+        if self.metric != "cosine":
+            return X
+        norm = np.sqrt(np.square(X).sum(1, keepdims=True))
+        return np.hstack([X / np.where(norm > 0, norm, 1), norm == 0])
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -276,6 +295,8 @@ class KMedoids(_Selector):
     start : "even", "random" or array of int (n_selected,), default "even"
         The first medoids: evenly spaced rows, rows drawn by `random_state`, or given ones.
     max_iter : int, default 100
+    refine : bool, default False
+        Swap medoids for better points afterwards.
     random_state : int, RandomState or None
         Of ``start="random"``.
     backend : str, optional
@@ -308,6 +329,7 @@ class KMedoids(_Selector):
         metric: str = "manhattan",
         start: Any = "even",
         max_iter: int = 100,
+        refine: bool = False,
         random_state: Any = None,
         backend: str | None = None,
     ) -> None:
@@ -315,6 +337,7 @@ class KMedoids(_Selector):
         self.metric = metric
         self.start = start
         self.max_iter = max_iter
+        self.refine = refine
         self.random_state = random_state
         self.backend = backend
 
@@ -324,6 +347,7 @@ class KMedoids(_Selector):
             if start not in ("even", "random"):
                 raise ValueError(f"start is {start!r}; give 'even', 'random' or the indices of the first medoids")
             start = None if start == "even" else self._generator()
-        found = k_medoids(X, k, metric=self.metric, start=start, max_iter=self.max_iter, backend=self.backend)
+        options: Any = {"metric": self.metric, "start": start, "max_iter": self.max_iter, "refine": self.refine}
+        found = k_medoids(X, k, backend=self.backend, **options)
         self.inertia_ = float(found.objective)
         return found

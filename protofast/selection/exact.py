@@ -6,6 +6,7 @@ distance can be had, which for most choices it denies at once.
 
 from __future__ import annotations
 
+import numbers
 import time
 import warnings
 
@@ -14,11 +15,11 @@ import torch
 from torch import Tensor
 
 from .._backend import overload
-from .._ops.selection import AUTO, COSINE, EUCLIDEAN, MANHATTAN, MAX_MIN, PRECOMPUTED
+from .._ops.selection import AUTO, COSINE, EUCLIDEAN, MAX_MIN
 from .._optional import need
 from .dispersion import disperse
 from .inputs import metric_number, number_to_choose, points_and_mask, tensor
-from .refine import SWAPS, matrix, search
+from .refine import ROUNDING, least_value, matrix, search
 from .result import Selection
 
 LARGEST = 10_000
@@ -77,6 +78,9 @@ def exact_k_center(
     NP-hard: a thousand points in the plane take seconds to a minute, several thousand may take hours. Memory is a few
     matrices n × n.
 
+    Coordinates go up to 1e150. Differences below about 1e-160 count as none where their squares are added (euclidean,
+    sqeuclidean; for cosine, vectors that short count as zero), as these underflow.
+
     Examples
     --------
     >>> import torch, protofast as pf
@@ -91,12 +95,10 @@ def exact_k_center(
     run = overload("k_center", points.device.type, backend)
     greedy = run(points, torch.zeros(1, dtype=torch.int64, device=points.device), None, k, number, AUTO)[0]
     greedy = greedy.cpu().numpy()
-    best = search(values, greedy, swaps=4 * SWAPS)  # cheaper than one more program
+    least = least_value(values, greedy, number)
+    best = search(values, greedy, effort=4, least=least)  # cheaper than one more program
     radius = values[best].min(0).max()
-    # Greedy's own bound is half its radius (a quarter where values are squares); it rests on the triangle inequality.
-    part = 0 if number == PRECOMPUTED else 1 / 2 if number == MANHATTAN else 1 / 4
-    low = part * (1 - 1e-9) * values[greedy].min(0).max()
-    levels = np.unique(values[(values >= low) & (values < radius)])
+    levels = np.unique(values[(values >= (1 - ROUNDING) * least) & (values < radius)])
 
     def ask(level: float, integer: bool) -> np.ndarray | None:
         covers = (values <= level).T
@@ -134,7 +136,7 @@ def exact_k_center(
             if cover is None:
                 lowest, step = level + 1, 1
                 continue
-            best = search(values, _filled(values, cover, k))
+            best = search(values, _filled(values, cover, k), least=least)
             if not values[best].min(0).max() <= levels[level]:  # HiGHS holds constraints up to a tolerance
                 raise _Undecided
             highest, step = int(np.searchsorted(levels, values[best].min(0).max())), 2 * step
@@ -262,9 +264,14 @@ def _checked(
 ) -> tuple[int, Tensor, int, float]:
     """The metric's number, the points, k and the deadline on the monotonic clock."""
     number = metric_number(metric)
-    if time_limit is not None and not time_limit > 0:
-        raise ValueError(f"time_limit is {time_limit!r}; give seconds above 0, or None")
-    n = len(tensor("points", points))
+    if time_limit is not None:
+        wrong = f"time_limit is {time_limit!r}; give seconds above 0, or None"
+        if not isinstance(time_limit, numbers.Real):
+            raise TypeError(wrong)
+        if not time_limit > 0:
+            raise ValueError(wrong)
+    points = tensor("points", points)
+    n = points.shape[0] if points.ndim else 0
     if n > LARGEST:
         raise ValueError(
             f"points has {n} rows; the exact method takes the matrix of all distances ({8e-9 * n * n:.0f} GB here) and "

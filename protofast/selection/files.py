@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import warnings
 import zipfile
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ def read(path: Path, key: str | None = None) -> np.ndarray:
     Parameters
     ----------
     path : Path
-        .npy (memory-mapped), .npz, .safetensors, .pt or .csv (numbers, with or without a line of names).
+        .npy (memory-mapped), .npz, .safetensors, .pt or .csv (numbers; a first line without any is one of names).
     key : str, optional
         Name of the array in a file of several; by default ``points``, or the only one.
 
@@ -66,6 +69,14 @@ def write(path: Path, found: Selection, settings: dict[str, Any]) -> None:
         else:
             plain = {name: _plain(array.tolist()) for name, array in arrays.items()}
             file.write((json.dumps({"settings": settings, **plain}, allow_nan=False) + "\n").encode())
+
+
+def spare(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
+    """Refuses an output that is one of the inputs, by whatever name."""
+    inputs = [path for path in inputs if path.exists()]
+    for output in outputs:
+        if output.exists() and any(output.samefile(path) for path in inputs):
+            raise ValueError(f"{output} is read, and would be written over; give another path for the result")
 
 
 def _plain(value: Any) -> Any:
@@ -118,17 +129,52 @@ def _pt(path: Path, key: str | None) -> np.ndarray:
 
 
 def _csv(path: Path, key: str | None) -> np.ndarray:
-    with open(path, encoding="utf-8-sig") as file:
-        first = file.readline().split(",")
     try:
-        [float(word) for word in first]
-        names = 0
-    except ValueError:
-        names = 1
-    try:
-        return np.loadtxt(path, delimiter=",", skiprows=names, ndmin=2, encoding="utf-8-sig")
+        first, words = next(_csv_lines(path), (1, []))
+        names = bool(words) and not any(map(_is_number, words))
+        with warnings.catch_warnings():  # of no data, which is said below
+            warnings.simplefilter("ignore", UserWarning)
+            found = np.loadtxt(path, delimiter=",", skiprows=first if names else 0, ndmin=2, encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error}); save it so") from error
     except ValueError as error:
-        raise ValueError(f"{path}: {error}; give numbers, separated by commas") from error
+        raise ValueError(_csv_mistake(path, names) or f"{path}: {error}; give numbers, separated by commas") from error
+    if not found.size:
+        raise ValueError(f"{path} holds no line of numbers; give points, one a line, numbers separated by commas")
+    if np.isnan(found).any() and (mistake := _csv_mistake(path, names)):
+        raise ValueError(mistake)
+    return found
+
+
+def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Number, from 1, and words of each line that numpy.loadtxt reads: not of empty ones and of comments."""
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if text := line.partition("#")[0].strip():
+                yield number, [word.strip() for word in text.split(",")]
+
+
+def _csv_mistake(path: Path, names: bool) -> str | None:
+    """What is wrong with the first line that is, if that can be said. Reads again, as only a damaged file needs it."""
+    width = None
+    for number, words in islice(_csv_lines(path), int(names), None):
+        width = width or len(words)
+        if len(words) != width:
+            return (
+                f"{path}, line {number}, holds {len(words)} fields, and those before hold {width}; give as many in each"
+            )
+        for word in words:
+            if not _is_number(word) or math.isnan(float(word)):
+                return f"{path}, line {number}, holds {word!r}; give numbers, separated by commas"
+    return None
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 _READERS = {".npy": _npy, ".npz": _npz, ".safetensors": _safetensors, ".pt": _pt, ".csv": _csv}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,13 +17,32 @@ LARGEST = 1e150
 """Coordinates beyond it have squares that float64 cannot hold."""
 NUMBERS = 1 << 22
 """That are looked at together, so that points larger than memory can be."""
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
+UNSIGNED = (torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 def tensor(name: str, value: Tensor | np.ndarray) -> Tensor:
+    """Strided numbers that torch can compute with, shared with the array where there was one."""
     if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.is_nested:
+            raise TypeError(f"{name} is a sparse or nested tensor; give a dense one (.to_dense())")
+        if value.is_meta:
+            raise TypeError(f"{name} is a meta tensor, which holds no values; give one on a device")
+        if not value.is_complex() and value.dtype not in (*FLOATS, *INTEGERS, *UNSIGNED):
+            raise TypeError(f"{name} is {value.dtype}; give float16 to float64, bfloat16 or integers")
         return value.detach()
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array; give the plain array, with mask= for the points that count")
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{name} is a {type(value).__name__}; give a tensor or a numpy array")
+    if value.dtype.kind not in "fiubc" or value.dtype.char in "gG":  # g and G: long double
+        raise TypeError(f"{name} is an array of {value.dtype}; give numbers (.astype(float))")
+    if not value.dtype.isnative:
+        raise TypeError(
+            f"{name} is an array of {value.dtype.str}, not in the byte order of this machine; give "
+            f".astype('{value.dtype.newbyteorder('=').str}')"
+        )
     if any(stride < 0 for stride in value.strides):
         value = value.copy()  # torch cannot share these
     if value.flags.writeable:
@@ -44,7 +64,8 @@ def points_and_mask(
     """Without `values` those of the points are not looked at."""
     points = tensor("points", points)
     if points.ndim != 2:
-        raise ValueError(f"points has shape {tuple(points.shape)}; give (n, d)")
+        column = ", as points[:, None] is" if points.ndim == 1 else ""
+        raise ValueError(f"points has shape {tuple(points.shape)}; give (n, d){column}")
     if points.shape[0] == 0:
         raise ValueError(f"points has shape {tuple(points.shape)}; there must be at least one point")
     if points.is_complex():
@@ -66,6 +87,11 @@ def points_and_mask(
     return points, mask
 
 
+def largest(dtype: torch.dtype) -> float:
+    """What a coordinate may be at most: a finite number of the dtype, so that comparing with it does not round."""
+    return min(LARGEST, torch.finfo(dtype).max)
+
+
 def check_values(
     points: Tensor, metric: int, mask: Tensor | None = None, *, name: str = "points", first: int = 0
 ) -> None:
@@ -75,7 +101,7 @@ def check_values(
     if points.shape[1] == 0:
         return
     precomputed = metric == PRECOMPUTED
-    low, high = (0.0, float("inf")) if precomputed else (-LARGEST, LARGEST)
+    low, high = (0.0, float("inf")) if precomputed else (-largest(points.dtype), largest(points.dtype))
     needs = "distances ≥ 0 (infinity allowed)" if precomputed else f"finite numbers of at most {LARGEST:g}"
     step = max(1, NUMBERS // points.shape[1])
     for start in range(0, points.shape[0], step):
@@ -104,11 +130,22 @@ def check_values(
             )
 
 
-def number_to_choose(k: int, points: Tensor, mask: Tensor | None) -> int:
+def integer(name: str, value: int) -> int:
     try:
-        k = operator.index(k)
+        return operator.index(value)
     except TypeError:
-        raise TypeError(f"k is {k!r}; give an integer") from None
+        raise TypeError(f"{name} is {value!r}; give an integer") from None
+
+
+def at_least(name: str, value: int, least: int) -> int:
+    value = integer(name, value)
+    if value < least:
+        raise ValueError(f"{name} is {value}; give at least {least}")
+    return value
+
+
+def number_to_choose(k: int, points: Tensor, mask: Tensor | None) -> int:
+    k = integer("k", k)
     allowed = points.shape[0]
     if mask is not None and not torch.compiler.is_compiling():
         allowed = int(mask.sum())
@@ -117,16 +154,28 @@ def number_to_choose(k: int, points: Tensor, mask: Tensor | None) -> int:
     return k
 
 
+def given(initial: Any) -> bool:
+    """Whether there are initial points: None and an empty list are none."""
+    if initial is None:
+        return False
+    if isinstance(initial, (Tensor, np.ndarray)) and not initial.ndim:
+        raise ValueError("initial has shape (); give a list of indices, such as initial[None]")
+    try:
+        return len(initial) > 0
+    except TypeError:
+        raise TypeError(f"initial is {initial!r}; give a list of integer indices") from None
+
+
 def index_list(
-    name: str, given: Tensor | np.ndarray | Sequence[int], k: int, points: Tensor, mask: Tensor | None
+    name: str, value: Tensor | np.ndarray | Sequence[int], k: int, points: Tensor, mask: Tensor | None
 ) -> Tensor:
     """Distinct, allowed indices as an int64 tensor (m,), 1 ≤ m ≤ k, on the points' device."""
-    if not isinstance(given, (Tensor, np.ndarray)):
+    if not isinstance(value, (Tensor, np.ndarray)):
         try:
-            given = torch.tensor([operator.index(one) for one in given], dtype=torch.int64)
+            value = torch.tensor([operator.index(one) for one in value], dtype=torch.int64)
         except TypeError:
-            raise TypeError(f"{name} is {given!r}; give a list of integer indices") from None
-    index = tensor(name, given)
+            raise TypeError(f"{name} is {value!r}; give a list of integer indices") from None
+    index = tensor(name, value)
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise TypeError(f"{name} is {index.dtype}; give integer indices")
     if index.ndim != 1 or not 1 <= index.shape[0] <= k:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._backend import overload
-from .inputs import index_list, metric_number, number_to_choose, points_and_mask
+from .inputs import at_least, index_list, metric_number, number_to_choose, points_and_mask
 from .result import Selection
 
 
@@ -65,8 +65,11 @@ def k_medoids(
     Notes
     -----
     No matrix is made. An iteration takes at most n·k + Σ (cluster size)² distances; the compiled kernel bounds the sums
-    of most members instead, in time linear in n but for euclidean distances in many dimensions. A pass of `refine` takes
-    n² distances.
+    of most members instead, in time linear in n but for euclidean distances in many dimensions. A pass of `refine`
+    takes n² distances.
+
+    Coordinates go up to 1e150. Differences below about 1e-160 count as none where their squares are added (euclidean,
+    sqeuclidean; for cosine, vectors that short count as zero), as these underflow.
 
     Examples
     --------
@@ -78,8 +81,7 @@ def k_medoids(
     number = metric_number(metric)
     points, _ = points_and_mask(points, number)
     k = number_to_choose(k, points, None)
-    if max_iter < 1:
-        raise ValueError(f"max_iter is {max_iter}; give at least 1")
+    max_iter = at_least("max_iter", max_iter, 1)
     n, device = points.shape[0], points.device
     if start is None:
         first = torch.arange(k, device=device) * n // k

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from .._backend import overload
-from .._ops.selection import PRECOMPUTED
+from .._ops.selection import MANHATTAN, PRECOMPUTED
 from .result import Selection
 
 MATRIX = 3000
 """Up to this many allowed points the matrix of all values is made (72 MB)."""
 SWAPS = 1000
-"""Swaps without success after which the search among few points ends."""
+"""Swaps without success after which the search among few points ends; fewer where there are few to make."""
+LEAST_SWAPS = 16
 LOOKS = 1 << 27
 """Values looked at without success after which it ends."""
 PASSES = 4
@@ -31,6 +32,8 @@ PARTNERS = 16
 GATHER = 4
 """How much longer a distance takes to a point that must be gathered first."""
 ROWS = 1 << 14
+ROUNDING = 1e-9
+"""Of a bound by the triangle inequality, as values are rounded."""
 
 
 def refined(
@@ -62,7 +65,8 @@ def _refine(
         return _swap(Rows(points, mask, metric, backend), indices, fixed)
     where = torch.arange(allowed, device=points.device) if mask is None else mask.nonzero().squeeze(1)
     square = matrix(points if mask is None else points[mask], metric, backend, mask)
-    chosen = search(square, torch.searchsorted(where, indices).cpu().numpy(), fixed)
+    greedy = torch.searchsorted(where, indices).cpu().numpy()
+    chosen = search(square, greedy, fixed, least=least_value(square, greedy, metric))
     return where[torch.from_numpy(chosen).to(where.device)]
 
 
@@ -102,9 +106,19 @@ def matrix(points: Tensor, metric: int, backend: str | None, columns: Tensor | N
     return out.cpu().numpy()
 
 
-def search(values: np.ndarray, chosen: np.ndarray, fixed: int = 0, swaps: int = SWAPS) -> np.ndarray:
-    """Positions (k,) of centers in a matrix (n, n) with a radius as small as the search found."""
-    while (radius := values[chosen].min(0).max()) > 0:
+def least_value(values: np.ndarray, greedy: np.ndarray, metric: int) -> float:
+    """A bound on the least covering radius, as a value, that a greedy choice proves."""
+    if metric == PRECOMPUTED:
+        return 0.0  # half the radius would rest on the triangle inequality
+    return (1 / 2 if metric == MANHATTAN else 1 / 4) * values[greedy].min(0).max()
+
+
+def search(
+    values: np.ndarray, chosen: np.ndarray, fixed: int = 0, *, effort: int = 1, least: float = 0.0
+) -> np.ndarray:
+    """Positions (k,) of centers in a matrix (n, n) with a radius as small as the search found, or down to `least`."""
+    swaps = effort * min(SWAPS, max(LEAST_SWAPS, len(values) * len(chosen) // 4))
+    while (radius := values[chosen].min(0).max()) > least * (1 + ROUNDING):
         better = _cover_within(values, radius, chosen.copy(), fixed, swaps)
         if better is None:
             break

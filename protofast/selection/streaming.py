@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import operator
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +18,7 @@ from .. import _weights
 from .._ops.selection import METRICS, PRECOMPUTED
 from .._progress import bars
 from .coreset import LENGTHS, TABLES, Doubling, State
-from .inputs import NUMBERS, check_values, metric_number, tensor
+from .inputs import NUMBERS, at_least, check_values, metric_number, tensor
 
 CORESET, LEAST_CORESET = 8, 256
 """How many points are kept to each one that is chosen, and at least, unless told otherwise."""
@@ -94,14 +93,14 @@ class StreamingKCenter:
     def __init__(
         self, k: int, *, metric: str = "euclidean", coreset: int | None = None, backend: str | None = None
     ) -> None:
-        self.k = _at_least("k", k, 1)
+        self.k = at_least("k", k, 1)
         number = metric_number(metric)
         if number == PRECOMPUTED:
             names = ", ".join(map(repr, METRICS[:PRECOMPUTED]))
             raise ValueError(f"metric is 'precomputed', but a stream has no distance matrix; choose one of {names}")
         self.metric = metric
         usual = max(CORESET * self.k, LEAST_CORESET)
-        self.coreset = _at_least("coreset", usual if coreset is None else coreset, self.k)
+        self.coreset = at_least("coreset", usual if coreset is None else coreset, self.k)
         self._rules = Doubling(self.k, self.coreset, number, backend)
         self._state: State | None = None
         self._step = 1024
@@ -295,6 +294,9 @@ def stream_k_center(
     -----
     n·m·d operations; memory about 2·m·d beside a batch.
 
+    Coordinates go up to 1e150. Differences below about 1e-160 count as none where their squares are added (euclidean,
+    sqeuclidean; for cosine, vectors that short count as zero), as these underflow.
+
     The doubling algorithm of Charikar, Chekuri, Feder and Motwani (1997), with a coreset as in Ceccarello,
     Pietracaprina and Pucci (2019). Points of the coreset are more than a apart, at first a = 0. A row within a of one
     of them goes to the nearest, any other enters. When there are m + 1, let δ be their least distance, and R the
@@ -375,13 +377,3 @@ def _batches(
 
 def _rows(batch: Any) -> Tensor:
     return tensor("a batch", batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch)
-
-
-def _at_least(name: str, value: int, least: int) -> int:
-    try:
-        value = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {value!r}; give an integer") from None
-    if value < least:
-        raise ValueError(f"{name} is {value}; give at least {least}")
-    return value

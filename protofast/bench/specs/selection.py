@@ -54,10 +54,14 @@ def greedy(points: Tensor, k: int, first: list[int]) -> tuple[list[int], Tensor]
 def _engines() -> dict[str, Prepare]:
     """Ours by each backend, and the compiled one by each engine."""
 
-    def choose(inputs: Any, backend: str, engine: str) -> Call:
-        return lambda: pf.k_center(inputs.points, inputs.k, start=0, engine=engine, backend=backend).indices
+    def choose(inputs: Any, backend: str, engine: str, assign: bool = False) -> Call:
+        """The choices alone, as every peer gives."""
+        return lambda: (
+            pf.k_center(inputs.points, inputs.k, start=0, engine=engine, assign=assign, backend=backend).indices
+        )
 
     found = ours(partial(choose, engine="auto"))
+    found[f"{OURS} native with labels"] = ours(partial(choose, engine="auto", assign=True))[f"{OURS} native"]
     for engine in ENGINES[1:]:
         found[f"{OURS} native {engine}"] = ours(partial(choose, engine=engine))[f"{OURS} native"]
     return found

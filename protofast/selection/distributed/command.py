@@ -28,10 +28,18 @@ def select(
     algorithm: Annotated[str, Option(help="`k-center` or `k-dispersion`.")] = "k-center",
     metric: Annotated[str, Option(help="`euclidean`, `sqeuclidean`, `cosine` or `manhattan`.")] = "euclidean",
     start: Annotated[
-        str, Option(help="k-center begins at this row, at the `center`, at the `farthest-pair` or at `random`.")
-    ] = "0",
-    objective: Annotated[str, Option(help="k-dispersion: `max-min` or `max-sum` of the distances.")] = "max-min",
-    refine: Annotated[bool, Option("--refine/--no-refine", help="k-dispersion: swap for better points.")] = True,
+        str | None,
+        Option(
+            help="k-center begins at this row, at the `center`, at the `farthest-pair` or at `random`; by default at "
+            "row 0."
+        ),
+    ] = None,
+    objective: Annotated[
+        str | None, Option(help="k-dispersion: `max-min` (the default) or `max-sum` of the distances.")
+    ] = None,
+    refine: Annotated[
+        bool | None, Option("--refine/--no-refine", help="k-dispersion: swap for better points, as by default.")
+    ] = None,
     own_files: Annotated[
         bool,
         Option(
@@ -46,7 +54,7 @@ def select(
     ] = None,
     device: Annotated[str, Option(help="`cpu` (over gloo) or `cuda` (one GPU a process, over nccl).")] = "cpu",
     backend: Annotated[str | None, Option(help="`native`, `triton` or `reference`; by default the fastest.")] = None,
-    seed: Annotated[int, Option(min=0, help="Seed of `--start random`.")] = 0,
+    seed: Annotated[int | None, Option(min=0, help="Seed of `--start random`; by default 0.")] = None,
     timeout: Annotated[float, Option(min=1, help="Seconds after which a rank that does not answer is given up.")] = 600,
 ) -> None:
     """Choose k points of files that many processes read together; the same choice as one process would make.
@@ -69,9 +77,23 @@ def select(
         raise typer.BadParameter(f"{device!r} is neither cpu nor cuda", param_hint="--device")
     if out.suffix != ".npz":
         raise typer.BadParameter(f"{out} does not end in .npz", param_hint="--out")
+    for name, value, taker in (
+        ("--start", start, "k-center"),
+        ("--seed", seed, "k-center"),
+        ("--objective", objective, "k-dispersion"),
+        ("--refine", refine, "k-dispersion"),
+    ):
+        if value is not None and algorithm != taker:
+            raise typer.BadParameter(f"{algorithm} does not take it", param_hint=name)
+    if seed is not None and start != "random":
+        raise typer.BadParameter("nothing is drawn without --start random; leave it out", param_hint="--seed")
     import torch
     import torch.distributed as dist
 
+    from ..files import spare
+
+    paths = _expand(files)
+    spare(paths, [out, *(labels.glob("rank-*.npz") if labels is not None else [])])
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local, here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if device == "cuda":
@@ -79,7 +101,7 @@ def select(
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
     try:
         part, parts = (local, here) if own_files else (rank, size)
-        points: Any = share(_expand(files), part, parts)
+        points: Any = share(paths, part, parts)
         if device == "cuda":
             points = torch.tensor(points, device=device)
         common: dict[str, Any] = {"metric": metric, "process_group": dist.group.WORLD, "backend": backend}
@@ -129,7 +151,14 @@ def _expand(names: list[str]) -> list[Path]:
 
 
 def _choose(
-    points: Any, k: int, algorithm: str, start: str, seed: int, objective: str, refine: bool, common: dict[str, Any]
+    points: Any,
+    k: int,
+    algorithm: str,
+    start: str | None,
+    seed: int | None,
+    objective: str | None,
+    refine: bool | None,
+    common: dict[str, Any],
 ) -> Selection:
     import torch
 
@@ -137,11 +166,11 @@ def _choose(
     from ..greedy import k_center
 
     if algorithm == "k-dispersion":
-        return k_dispersion(points, k, objective=objective, refine=refine, **common)
-    begin: Any = start
+        return k_dispersion(points, k, objective=objective or "max-min", refine=refine is not False, **common)
+    begin: Any = start or 0
     if start == "random":
-        begin = torch.Generator().manual_seed(seed)
-    elif start.lstrip("-").isdigit():
+        begin = torch.Generator().manual_seed(seed or 0)
+    elif start is not None and start.lstrip("-").isdigit():
         begin = int(start)
     return k_center(points, k, start=begin, **common)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..._ops.selection import COSINE
-from ..inputs import index_list
+from ..inputs import given, index_list
 from .pair import farthest_pair
 from .shards import Records, Shards
 
@@ -40,7 +40,7 @@ class Greedy(NamedTuple):
 def first_points(shards: Shards, start: object, initial: object, k: int) -> Records:
     """What to begin with: `initial`, or one or two points by `start`."""
     step = "fetching the first points"
-    if initial is not None and (isinstance(initial, int) or len(initial)):  # type: ignore[arg-type]
+    if given(initial):
         index = index_list("initial", initial, k, shards.all_rows, None)  # type: ignore[arg-type]
         found = shards.fetch(step, index)
         if not found.columns.all():
