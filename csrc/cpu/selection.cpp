@@ -132,7 +132,7 @@ Engine engine_for(const KCenter& args, const Cloud& cloud) {
   const bool few_axes = cloud.dim >= 1 && cloud.dim + cloud.cosine() <= MOST_AXES;
   if (args.engine == Engine::boxes) return few_axes ? Engine::boxes : Engine::plain;
   if (args.engine != Engine::automatic) return args.engine;
-  if (cloud.count < 512 || args.k < (few_axes ? 8 : 4)) return Engine::plain;
+  if (cloud.count < 512 || args.k < (few_axes ? 16 : 4)) return Engine::plain;
   return few_axes ? Engine::boxes : Engine::pool;
 }
 

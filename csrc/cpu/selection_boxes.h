@@ -58,32 +58,39 @@ INLINE int64_t which(Mask mask, int64_t first, int32_t* found, int64_t count) {
   return count;
 }
 
-// `measure` of selection_points.h for few axes: eight points at a time.
+// Eight points' coordinates, axis by axis.
+template <class T, int axes>
+INLINE void eight_points(const T* from, int64_t row, int64_t column, Eight (&x)[axes]) {
+  if (row == axes && column == 1) {  // without gaps: what the compiler knows of the strides
+    for (int lane = 0; lane < 8; ++lane)
+#pragma GCC unroll 8
+      for (int c = 0; c < axes; ++c) x[c][lane] = static_cast<double>(from[lane * axes + c]);
+    return;
+  }
+  for (int lane = 0; lane < 8; ++lane)
+#pragma GCC unroll 8
+    for (int c = 0; c < axes; ++c) x[c][lane] = static_cast<double>(from[lane * row + c * column]);
+}
+
+// `measure` of selection_points.h for few axes: eight points at a time, where they follow one another.
 template <class T, bool manhattan, int axes>
 Key measure_axes(const Cloud& cloud, const double* center, int64_t number, const int64_t* list, int64_t begin,
                  int64_t end, const Nearest& near) {
   Key best;
-  for (; begin + 8 <= end; begin += 8) {
-    int64_t position[8];
-    Eight gap[axes], before;
-    for (int lane = 0; lane < 8; ++lane) {
-      position[lane] = list ? list[begin + lane] : begin + lane;
-      const T* const from = static_cast<const T*>(cloud.data) + cloud.at(position[lane]) * cloud.row;
-#pragma GCC unroll 8
-      for (int c = 0; c < axes; ++c) gap[c][lane] = static_cast<double>(from[c * cloud.column]);
-      before[lane] = near.value[position[lane]];
-    }
+  for (const T* const all = static_cast<const T*>(cloud.data); !list && !cloud.rows && begin + 8 <= end; begin += 8) {
+    Eight gap[axes];
+    eight_points(all + begin * cloud.row, cloud.row, cloud.column, gap);
 #pragma GCC unroll 8
     for (int c = 0; c < axes; ++c) gap[c] -= broadcast<Eight>(center[c]);
-    const Eight measured = value_of_axes<manhattan, axes>(gap);
-    for (unsigned lanes = lanes_of(measured < before); lanes; lanes &= lanes - 1) {
-      const int lane = std::countr_zero(lanes);
-      near.value[position[lane]] = measured[lane], near.label[position[lane]] = number;
-    }
+    const Eight measured = value_of_axes<manhattan, axes>(gap), before = eight(near.value + begin);
     const Eight after = measured < before ? measured : before;
-    for (unsigned lanes = lanes_of(after >= broadcast<Eight>(best.value)); lanes; lanes &= lanes - 1) {
+    if (unsigned lanes = lanes_of(measured < before)) {
+      keep(near.value + begin, after);
+      for (; lanes; lanes &= lanes - 1) near.label[begin + std::countr_zero(lanes)] = number;
+    }
+    for (unsigned lanes = lanes_of(after > broadcast<Eight>(best.value)); lanes; lanes &= lanes - 1) {
       const int lane = std::countr_zero(lanes);
-      if (const Key key{after[lane], position[lane]}; key.over(best)) best = key;
+      if (const Key key{after[lane], begin + lane}; key.over(best)) best = key;
     }
   }
   const Key last = measure_some<T, manhattan>(cloud, center, number, list, begin, end, near);

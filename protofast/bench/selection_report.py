@@ -108,7 +108,7 @@ def to_markdown(lines: list[Line]) -> str:
         f"{', '.join(f'{k} {v}' for k, v in where['versions'].items())}.",
         "",
         "Ratios are the fastest peer's time over ours, medians of the rounds; `>` where every one was left out for its "
-        "time, of which only the least is known. Ours returns labels and distances of all points as well.",
+        "time, of which only the least is known. All give the choices alone (ours: assign=False).",
         "",
         "## Goals",
         "",
