@@ -23,7 +23,7 @@ const char* k_center(const void* data, const int64_t* layout, const bool* allowe
                      const int64_t* initial, int64_t given, int64_t k, int64_t* indices, double* radii, int64_t* labels,
                      double* distances, int dtype) {
   return done(k_center_cuda({points_of(data, layout, allowed, dtype), Measure(metric), Engine::automatic, initial,
-                             given, k, indices, radii, labels, distances, 0, scratch},
+                             given, k, true, indices, radii, labels, distances, 0, scratch},
                             nullptr));
 }
 
