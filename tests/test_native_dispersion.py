@@ -320,7 +320,7 @@ def test_wrong_arguments_are_named():
         (lambda: swaps(points, first, labels[:-1], distances, None, 0, 2), "labels must have one number"),
         (lambda: swaps(points, first, labels + 2, distances, None, 0, 2), "labels must be positions"),
         (lambda: swaps(points, first, labels, distances.float(), None, 0, 2), "distances has the wrong dtype"),
-        (lambda: swaps(points, first + 29, labels, distances, None, 0, 2), "indices must hold allowed ones"),
+        (lambda: swaps(points, first + 29, labels, distances, None, 0, 2), "index 30 is not that of an allowed point"),
         (lambda: chosen(points, first, None, 31, 0, 0), "k is larger"),
         (lambda: chosen(points, first, None, 1, 0, 0), "indices must be 1 to k"),
     ):
