@@ -1,6 +1,4 @@
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cmath>
@@ -12,9 +10,6 @@
 
 namespace protofast {
 namespace {
-
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
 
 // Where one run of elements starts in each tensor. S is the sample's dtype, M the prediction's.
 template <class S, class M>
@@ -118,16 +113,7 @@ void normal_typed(const NormalArgs& args) {
 }
 
 void normal(const NormalArgs& args) {
-  switch (args.dtype) {
-    case Dtype::f32:
-      return normal_typed<float>(args);
-    case Dtype::f64:
-      return normal_typed<double>(args);
-    case Dtype::bf16:
-      return normal_typed<BFloat16>(args);
-    case Dtype::f16:
-      return normal_typed<Half>(args);
-  }
+  with_type(args.dtype, [&]<class T>() { normal_typed<T>(args); });
 }
 
 constexpr Kernels KERNELS{&step, &coefficients, &normal};

@@ -1,31 +1,8 @@
 // The farthest pair and dispersion on the CPU. Every loop gives the values of protofast/_ops/selection.py to the bit,
 // so which instruction set or number of threads runs never changes a result.
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
-#include <array>
-#include <bit>
-#include <cmath>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <type_traits>
-#include <utility>
-
 #include "../dispersion_op.h"
 #include "dispersion_swaps.h"
 #include "farthest.h"
-
-#define INLINE_LAMBDA __attribute__((always_inline))
-
-namespace protofast {
-namespace {
-
-using BFloat16 = torch::headeronly::BFloat16;
-using Half = torch::headeronly::Half;
-
-}  // namespace
-}  // namespace protofast
 
 #define LOOPS "dispersion_loops.h"
 #include "each_isa.h"
@@ -52,16 +29,7 @@ struct OfType {
 };
 
 OfType of(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::f64:
-      return {loops<double>(), &entry<double>};
-    case Dtype::bf16:
-      return {loops<BFloat16>(), &entry<BFloat16>};
-    case Dtype::f16:
-      return {loops<Half>(), &entry<Half>};
-    default:
-      return {loops<float>(), &entry<float>};
-  }
+  return with_type(dtype, []<class T>() { return OfType{loops<T>(), &entry<T>}; });
 }
 
 std::pair<int64_t, int64_t> scan(const Cloud& cloud, const OfType& type, double& value) {

@@ -1,6 +1,19 @@
 // Includes LOOPS, which the file that includes this has defined, once for each instruction set in a namespace of its
 // own; BEST(name) is the one of this processor. Once in a file, so without a guard.
 
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "element.h"
 #include "isa.h"
 
 #ifdef __x86_64__

@@ -3,14 +3,6 @@
 //
 // With x̃ and ỹ the rounded coordinates, |x − y| ≤ |x̃ − ỹ| + |x − x̃| + |y − ỹ|; and |x − y| ≤ |x − c| + |y − c|.
 
-struct PairGaps : Start<float> {
-  template <class V>
-  static INLINE V add(V total, V x, V p) {
-    const V difference = x - p;
-    return total + (difference < 0 ? -difference : difference);
-  }
-};
-
 template <class T>
 double pair_value(const Cloud& cloud, int64_t position, const double* center) {
   return value<T>(cloud, position, center);
@@ -56,7 +48,7 @@ inline float pair_gap(const float* a, const float* b, int64_t depth, bool manhat
   F total{};
   for (int64_t c = 0; c < depth; c += L) {
     const F x = load_bits<F>(a + c), y = load_bits<F>(b + c);
-    total = manhattan ? PairGaps::add(total, x, y) : Squares<float>::add(total, x, y);
+    total = manhattan ? Gaps<float>::add(total, x, y) : Squares<float>::add(total, x, y);
   }
   const float size = sum<float, L>(total);
   return manhattan ? size : std::sqrt(size);
@@ -272,7 +264,7 @@ class PairSearch {
         const float* const left = reinterpret_cast<const float*>(rows);
         const float* const right = reinterpret_cast<const float*>(panel);
         if (plan_.manhattan) {
-          tile_of<PairGaps, float>(height, WIDE, left, right, chunks, zero, out);
+          tile_of<Gaps<float>, float>(height, WIDE, left, right, chunks, zero, out);
         } else if (!bytes) {
           tile_of<Squares<float>, float>(height, WIDE, left, right, chunks, zero, out);
         } else {

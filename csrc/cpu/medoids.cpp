@@ -1,33 +1,10 @@
 // k-medoids on the CPU. Every sum that decides is taken as protofast/_ops/selection.py lays it down, to the bit, so
 // which instruction set or number of threads runs never changes a result.
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
-#include <array>
-#include <bit>
-#include <cmath>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <type_traits>
-#include <utility>
-
 #include "../medoids_op.h"
 #include "medoids_search.h"
 #include "medoids_swaps.h"
 #include "selection_allowed.h"
 #include "selection_relax.h"
-
-#define INLINE_LAMBDA __attribute__((always_inline))
-
-namespace protofast {
-namespace {
-
-using BFloat16 = torch::headeronly::BFloat16;
-using Half = torch::headeronly::Half;
-
-}  // namespace
-}  // namespace protofast
 
 #define LOOPS "medoids_loops.h"
 #include "each_isa.h"
@@ -44,16 +21,7 @@ MedoidsLoops loops() {
 }
 
 MedoidsLoops loops(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::f64:
-      return loops<double>();
-    case Dtype::bf16:
-      return loops<BFloat16>();
-    case Dtype::f16:
-      return loops<Half>();
-    default:
-      return loops<float>();
-  }
+  return with_type(dtype, []<class T>() { return loops<T>(); });
 }
 
 class VoronoiIteration {

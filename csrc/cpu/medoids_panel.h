@@ -179,14 +179,6 @@ inline void swap_gains(const double* distances, const double* nearest, const dou
 
 // Sums of distances, nearly: tiles of float32. The rows of block `begin` with all members from there on, which gives
 // the sums of both (the members of the first `rows` alone are wanted).
-struct LengthGaps : Start<float> {
-  template <class V>
-  static INLINE V add(V total, V x, V p) {
-    const V difference = x - p;
-    return total + (difference < 0 ? -difference : difference);
-  }
-};
-
 template <bool manhattan>
 void sum_tiles_of(const RoundedMembers& members, int64_t block, int64_t rows, double* sums) {
   using F = Vector<float>;
@@ -207,8 +199,8 @@ void sum_tiles_of(const RoundedMembers& members, int64_t block, int64_t rows, do
     for (int64_t j = first; j < members.count; j += PANEL) {
       const float* const left = members.rows.get() + i * members.depth;
       const float* const right = members.panels.get() + j * members.depth;
-      tile_of<std::conditional_t<manhattan, LengthGaps, Squares<float>>, float>(height, WIDE, left, right, chunks, zero,
-                                                                                out);
+      tile_of<std::conditional_t<manhattan, Gaps<float>, Squares<float>>, float>(height, WIDE, left, right, chunks,
+                                                                                 zero, out);
       const bool whole = j + PANEL <= members.count, both = j >= last && j < rows;
       F down[WIDE]{};
       for (int r = 0; r < height; ++r)
@@ -246,7 +238,7 @@ void tile_lengths_of(const RoundedMembers& members, const float* rows, int64_t h
   for (int64_t p = begin; p < end; ++p)
     for (int64_t i = 0; i < height; i += ROWS) {
       const int some = static_cast<int>(std::min<int64_t>(ROWS, height - i));
-      tile_of<std::conditional_t<manhattan, LengthGaps, Squares<float>>, float>(
+      tile_of<std::conditional_t<manhattan, Gaps<float>, Squares<float>>, float>(
           some, WIDE, rows + i * members.depth, members.panels.get() + p * PANEL * members.depth, members.depth / L,
           zero, out);
       for (int r = 0; r < some; ++r)

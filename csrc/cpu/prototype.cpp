@@ -1,6 +1,4 @@
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <cmath>
 #include <cstring>
@@ -11,14 +9,10 @@
 
 #include "../prototype_op.h"
 #include "prototype_plan.h"
-
-#define INLINE_LAMBDA __attribute__((always_inline))
+#include "threads.h"
 
 namespace protofast {
 namespace {
-
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
 
 // How gradients are divided among threads, and what they share.
 struct GradientPlan {
@@ -39,12 +33,6 @@ namespace {
 
 template <class T>
 using RealOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-int64_t thread_count() {
-  uint32_t count = 1;
-  TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&count));
-  return std::max<int64_t>(1, count);
-}
 
 // Bytes find the winner of the direct form, and so need no precision; what they cannot do, or a processor lacks, is
 // done in float32.
@@ -110,26 +98,19 @@ void gradient_typed(const PrototypeGradient& args) {
   if (args.to_p && plan.to_p != args.to_p) parallel(shape.prototypes, BEST(pack_gradient<T>));
 }
 
-template <class Args, void (*f32)(const Args&), void (*f64)(const Args&), void (*bf16)(const Args&),
-          void (*f16)(const Args&)>
-void typed(const Args& args) {
-  switch (args.dtype) {
-    case Dtype::f32:
-      return f32(args);
-    case Dtype::f64:
-      return f64(args);
-    case Dtype::bf16:
-      return bf16(args);
-    case Dtype::f16:
-      return f16(args);
-  }
+void search(const PrototypeSearch& args) {
+  with_type(args.dtype, [&]<class T>() { search_typed<T>(args); });
 }
 
-constexpr PrototypeKernels KERNELS{
-    &typed<PrototypeSearch, search_typed<float>, search_typed<double>, search_typed<BFloat16>, search_typed<Half>>,
-    &typed<PrototypeGradient, gradient_typed<float>, gradient_typed<double>, gradient_typed<BFloat16>,
-           gradient_typed<Half>>,
-    &typed<PrototypeMap, map_typed<float>, map_typed<double>, map_typed<BFloat16>, map_typed<Half>>};
+void gradient(const PrototypeGradient& args) {
+  with_type(args.dtype, [&]<class T>() { gradient_typed<T>(args); });
+}
+
+void map(const PrototypeMap& args) {
+  with_type(args.dtype, [&]<class T>() { map_typed<T>(args); });
+}
+
+constexpr PrototypeKernels KERNELS{&search, &gradient, &map};
 
 }  // namespace
 

@@ -85,6 +85,15 @@ struct Products : Start<Real> {
 };
 
 template <class Real>
+struct Gaps : Start<Real> {
+  template <class V>
+  static INLINE V add(V total, V x, V p) {
+    const V difference = x - p;
+    return total + (difference < 0 ? -difference : difference);
+  }
+};
+
+template <class Real>
 struct Squares : Start<Real> {
   template <class V>
   static INLINE V add(V total, V x, V p) {

@@ -1,33 +1,10 @@
 // k-center and covers on the CPU. Every loop gives the values of protofast/_ops/selection.py to the bit, so which
 // engine, instruction set or number of threads runs never changes a result.
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
-#include <array>
-#include <bit>
-#include <cmath>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <type_traits>
-#include <utility>
-
 #include "../selection_op.h"
 #include "selection_allowed.h"
 #include "selection_box_traversal.h"
 #include "selection_greedy.h"
 #include "selection_relax.h"
-
-#define INLINE_LAMBDA __attribute__((always_inline))
-
-namespace protofast {
-namespace {
-
-using BFloat16 = torch::headeronly::BFloat16;
-using Half = torch::headeronly::Half;
-
-}  // namespace
-}  // namespace protofast
 
 #define LOOPS "selection_loops.h"
 #include "each_isa.h"
@@ -42,16 +19,7 @@ SelectionLoops loops(const Cloud& cloud) {
 }
 
 SelectionLoops loops(Dtype dtype, const Cloud& cloud) {
-  switch (dtype) {
-    case Dtype::f64:
-      return loops<double>(cloud);
-    case Dtype::bf16:
-      return loops<BFloat16>(cloud);
-    case Dtype::f16:
-      return loops<Half>(cloud);
-    default:
-      return loops<float>(cloud);
-  }
+  return with_type(dtype, [&]<class T>() { return loops<T>(cloud); });
 }
 
 // What has been chosen so far, and what next.
@@ -99,32 +67,14 @@ Key measure_row(const Cloud& cloud, int64_t position, int64_t number, const Near
 }
 
 Key measure_row(Dtype dtype, const Cloud& cloud, int64_t position, int64_t number, const Nearest& near) {
-  switch (dtype) {
-    case Dtype::f64:
-      return measure_row<double>(cloud, position, number, near);
-    case Dtype::bf16:
-      return measure_row<BFloat16>(cloud, position, number, near);
-    case Dtype::f16:
-      return measure_row<Half>(cloud, position, number, near);
-    default:
-      return measure_row<float>(cloud, position, number, near);
-  }
+  return with_type(dtype, [&]<class T>() { return measure_row<T>(cloud, position, number, near); });
 }
 
 template <class Real>
 BoxLoops<Real> box_loops(Dtype dtype, const Cloud& cloud) {
   const bool manhattan = cloud.manhattan();
   const int axes = static_cast<int>(cloud.dim + cloud.cosine());
-  switch (dtype) {
-    case Dtype::f64:
-      return BEST(box_loops<double, Real>(manhattan, axes));
-    case Dtype::bf16:
-      return BEST(box_loops<BFloat16, Real>(manhattan, axes));
-    case Dtype::f16:
-      return BEST(box_loops<Half, Real>(manhattan, axes));
-    default:
-      return BEST(box_loops<float, Real>(manhattan, axes));
-  }
+  return with_type(dtype, [&]<class T>() { return BEST(box_loops<T, Real>(manhattan, axes)); });
 }
 
 // The fastest, as far as the shape tells.

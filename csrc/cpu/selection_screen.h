@@ -3,14 +3,6 @@
 //
 // With x̃ and c̃ the rounded coordinates, |x − c| ≥ |x̃ − c̃| − |x − x̃| − |c − c̃|.
 
-struct Gaps : Start<float> {
-  template <class V>
-  static INLINE V add(V total, V x, V p) {
-    const V difference = x - p;
-    return total + (difference < 0 ? -difference : difference);
-  }
-};
-
 constexpr float TINY = 1e-15F;  // more than what underflow takes from a length, as the longest is about one
 
 // A row in float32; returns its largest size.
@@ -267,7 +259,7 @@ class Screener {
     const float* const rows = reinterpret_cast<const float*>(rows_.get()) + i * cells_;
     const float* const panel = reinterpret_cast<const float*>(panel_.get());
     if (cloud_.manhattan())
-      tile_of<Gaps, float, true>(height, wide, rows, panel, cells_, zero, out);
+      tile_of<Gaps<float>, float, true>(height, wide, rows, panel, cells_, zero, out);
     else
       tile_of<Squares<float>, float, true>(height, wide, rows, panel, cells_, zero, out);
     for (int j = 0; j < wide; ++j) {

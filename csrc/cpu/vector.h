@@ -2,6 +2,7 @@
 // No include guard: a kernel includes this once for each instruction set, inside that set's namespace and target.
 
 #define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
 
 template <class T, int bytes>
 struct VectorOf {

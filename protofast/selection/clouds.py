@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._backend import overload
 from .._ops.selection import COSINE, ENGINES, PRECOMPUTED, SQEUCLIDEAN
-from .inputs import check_values, given, largest, number_to_choose, tensor
+from .inputs import check_values, given, largest, mask_of, number_to_choose, real, tensor
 from .refine import refined
 from .result import Selection
 
@@ -59,20 +59,10 @@ def _points_and_mask(
     count, n, width = points.shape
     if not count or not n:
         raise ValueError(f"points has shape {tuple(points.shape)}; there must be at least one cloud of one point")
-    if points.is_complex():
-        raise TypeError(f"points is {points.dtype}; give real numbers")
-    if not points.is_floating_point():
-        points = points.double()
+    points = real(points)
     if metric == PRECOMPUTED and n != width:
         raise ValueError(f"points has shape {tuple(points.shape)}; metric='precomputed' takes (B, n, n) distances")
-    if mask is not None:
-        mask = tensor("mask", mask)
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask is {mask.dtype}; give bool")
-        if mask.shape != points.shape[:2]:
-            raise ValueError(f"mask has shape {tuple(mask.shape)}; give one value a point, {(count, n)}")
-        if mask.device != points.device:
-            raise ValueError(f"mask is on {mask.device}; move it to the points' {points.device}")
+    mask = mask_of(points, mask)
     if lengths is not None:
         lengths = _integers("lengths", lengths).to(points.device)
         if lengths.shape != (count,):

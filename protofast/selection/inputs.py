@@ -68,23 +68,34 @@ def points_and_mask(
         raise ValueError(f"points has shape {tuple(points.shape)}; give (n, d){column}")
     if points.shape[0] == 0:
         raise ValueError(f"points has shape {tuple(points.shape)}; there must be at least one point")
-    if points.is_complex():
-        raise TypeError(f"points is {points.dtype}; give real numbers")
-    if not points.is_floating_point():
-        points = points.double()
+    points = real(points)
     if metric == PRECOMPUTED and points.shape[0] != points.shape[1]:
         raise ValueError(f"points has shape {tuple(points.shape)}; metric='precomputed' takes (n, n) distances")
-    if mask is not None:
-        mask = tensor("mask", mask)
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask is {mask.dtype}; give bool")
-        if mask.shape != points.shape[:1]:
-            raise ValueError(f"mask has shape {tuple(mask.shape)}; give one value a point, ({points.shape[0]},)")
-        if mask.device != points.device:
-            raise ValueError(f"mask is on {mask.device}; move it to the points' {points.device}")
+    mask = mask_of(points, mask)
     if values and not torch.compiler.is_compiling():
         check_values(points, metric, mask)
     return points, mask
+
+
+def real(points: Tensor) -> Tensor:
+    """Points in floating point."""
+    if points.is_complex():
+        raise TypeError(f"points is {points.dtype}; give real numbers")
+    return points if points.is_floating_point() else points.double()
+
+
+def mask_of(points: Tensor, mask: Tensor | np.ndarray | None) -> Tensor | None:
+    """A mask of points (n, d) or (B, n, d), checked."""
+    if mask is None:
+        return None
+    mask, shape = tensor("mask", mask), tuple(points.shape[:-1])
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask is {mask.dtype}; give bool")
+    if mask.shape != shape:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}; give one value a point, {shape}")
+    if mask.device != points.device:
+        raise ValueError(f"mask is on {mask.device}; move it to the points' {points.device}")
+    return mask
 
 
 def largest(dtype: torch.dtype) -> float:
