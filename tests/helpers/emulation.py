@@ -9,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 HERE = ROOT / "tests/cuda_emulation"
 OPTIONS = ["-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-include", "emulation.h"]
+OPTIONS += ["-fno-gnu-unique"]  # else two libraries in one process share the emulated machine
 
 
 def emulated(sources: Sequence[Path], functions: Sequence[str], folder: Path, *options: str) -> ctypes.CDLL:
