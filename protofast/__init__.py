@@ -18,13 +18,14 @@ from .prototype import (
 from .selection import Selection, farthest_pair, k_center, k_dispersion, k_medoids
 
 if TYPE_CHECKING:
-    from . import data, diffusers, diffusion, nn, pxgen, selection
+    from . import data, diffusers, diffusion, nn, patronus, pxgen, selection
 
 _LAZY = (
     "data",
     "diffusers",
     "diffusion",
     "nn",
+    "patronus",
     "pxgen",
 )  # their imports cost time that `import protofast` must not pay
 
@@ -56,6 +57,7 @@ __all__ = [
     "k_dispersion",
     "k_medoids",
     "nn",
+    "patronus",
     "prototype_activation",
     "prototype_distance",
     "prototype_map",

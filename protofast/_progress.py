@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
-Progress = Callable[[str, int | None, int], Callable[[int], None]]
+
+class Advance(Protocol):
+    def __call__(self, count: int, note: str = "", /) -> None:
+        """Advances a bar; a note takes the place of the one beside it."""
+
+
+Progress = Callable[[str, "int | None", int], Advance]
 """(description, total, already done) → function that advances the bar."""
 
 
@@ -19,7 +25,7 @@ def bars(show: bool) -> Iterator[Progress]:
     except ImportError:
         show = False
     if not show:
-        yield lambda description, total, done: lambda count: None
+        yield lambda description, total, done: lambda count, note="": None
         return
     columns = (
         TextColumn("{task.description}"),
@@ -27,11 +33,18 @@ def bars(show: bool) -> Iterator[Progress]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
     )
     with Bars(*columns, console=Console(stderr=True)) as live:
 
-        def start(description: str, total: int | None, done: int) -> Callable[[int], None]:
-            task = live.add_task(description, total=total, completed=done)
-            return functools.partial(live.advance, task)
+        def start(description: str, total: int | None, done: int) -> Advance:
+            task = live.add_task(description, total=total, completed=done, note="")
+
+            def advance(count: int, note: str = "") -> None:
+                live.advance(task, count)
+                if note:
+                    live.update(task, note=note)
+
+            return advance
 
         yield start

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import typer
 
-COMMANDS = {  # name: (module, function); modules import nothing heavy before their command runs
+COMMANDS = {  # name: (module, function or typer.Typer); modules import nothing heavy before their command runs
     "demo": ("protofast.pxgen.command", "demo"),
     "pxgen": ("protofast.pxgen.command", "pxgen"),
     "select": ("protofast.selection.command", "select"),
     "ddim": ("protofast.ddpm.command", "ddim"),
+    "patronus": ("protofast.patronus.commands", "app"),
     "bench": ("protofast.bench.command", "bench"),
 }
 
@@ -63,7 +64,11 @@ def build() -> typer.Typer:
         backend_info()
 
     for name, (module, function) in COMMANDS.items():
-        app.command(name)(getattr(import_module(module), function))
+        command = getattr(import_module(module), function)
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name)
+        else:
+            app.command(name)(command)
     return app
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .._optional import need
-from .dataset import DataError
+from .dataset import DataError, array_digest, digest_of_files
 
 _SAFETENSORS = {"U8": "u1", "BOOL": "?", "F16": "f2", "BF16": "f4", "F32": "f4", "F64": "f8"}
 """Their dtype names; NumPy has no bfloat16, so that is read as float32."""
@@ -21,6 +21,9 @@ class _Mapped(np.memmap):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return super().__reduce_ex__(protocol) if self.path is None else (open_npy, (self.path,))
+
+    def digest(self) -> str:
+        return array_digest(self) if self.path is None else digest_of_files([self.path])
 
 
 def open_npy(path: Path) -> np.ndarray:
@@ -63,6 +66,9 @@ class SafetensorsRows:
             for i, row in enumerate(rows.flat):
                 out[i] = self._numpy(view[int(row) : int(row) + 1])[0]
         return out.reshape(*rows.shape, *self.shape[1:])
+
+    def digest(self) -> str:
+        return digest_of_files([self.path], self.key)
 
     def _numpy(self, tensor: Any) -> np.ndarray:
         return (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,6 +40,10 @@ class Dataset(torch.utils.data.Dataset):
     labels : sequence of int, shape (n,), optional
     names : sequence of str, optional
         Name of each class: label k is ``names[k]``.
+    attributes : array of bool, shape (n, K), optional
+        What is so of each image: column k is ``attribute_names[k]``.
+    attribute_names : sequence of str, optional
+        Comes with attributes; no name twice.
     source : str, default "array"
         Where the images come from, for messages.
 
@@ -47,14 +53,16 @@ class Dataset(torch.utils.data.Dataset):
         As stored: no conversion, and a memory map where the file allows.
     labels : ndarray of int64, shape (n,), or None
     names : tuple of str, or None
+    attributes : ndarray of bool, shape (n, K), or None
+    attribute_names : tuple of str, empty without attributes
     image_shape : (C, H, W)
     source : str
 
     Raises
     ------
     DataError
-        When the images have another shape or dtype, or labels do not fit them. The range of floating point values is
-        checked as they are read.
+        When the images have another shape or dtype, or labels or attributes do not fit them. The range of floating
+        point values is checked as they are read.
 
     Examples
     --------
@@ -74,6 +82,8 @@ class Dataset(torch.utils.data.Dataset):
         labels: Sequence[int] | np.ndarray | None = None,
         *,
         names: Sequence[str] | None = None,
+        attributes: Sequence[Sequence[bool]] | np.ndarray | None = None,
+        attribute_names: Sequence[str] | None = None,
         source: str = "array",
     ) -> None:
         self.images = images
@@ -88,6 +98,8 @@ class Dataset(torch.utils.data.Dataset):
             raise DataError(f"{source} holds {kind}; give uint8 (0 to 255) or floating point in [0, 1]")
         self.image_shape: tuple[int, int, int] = (1, *shape[1:]) if len(shape) == 3 else shape[1:]  # type: ignore[assignment]
         self.labels = None if labels is None else self._checked(labels)
+        self.attribute_names = () if attribute_names is None else tuple(attribute_names)
+        self.attributes = self._checked_attributes(attributes)
 
     def _checked(self, labels: Sequence[int] | np.ndarray) -> np.ndarray:
         array = np.asarray(labels)
@@ -104,6 +116,20 @@ class Dataset(torch.utils.data.Dataset):
             )
         return array
 
+    def _checked_attributes(self, attributes: Any) -> np.ndarray | None:
+        names = self.attribute_names
+        if attributes is None and not names:
+            return None
+        array = np.asarray(attributes)
+        if not names or array.shape != (len(self), len(names)) or array.dtype != np.bool_:
+            raise DataError(
+                f"attributes of {self.source} are {array.dtype} of shape {array.shape}; give bool of shape "
+                f"({len(self)}, K), a row an image, with K attribute_names (there are {len(names)})"
+            )
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise DataError(f"attribute_names of {self.source} has {repeated[0]!r} twice; give each its own name")
+        return array
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -117,7 +143,8 @@ class Dataset(torch.utils.data.Dataset):
 
     def __repr__(self) -> str:
         classes = "no labels" if self.labels is None else f"{len(np.unique(self.labels))} classes"
-        return f"Dataset({self.source}: {len(self)} images {self.image_shape}, {classes})"
+        attributes = "" if self.attributes is None else f", {len(self.attribute_names)} attributes"
+        return f"Dataset({self.source}: {len(self)} images {self.image_shape}, {classes}{attributes})"
 
     def take(self, indices: Any) -> Tensor:
         """The images at `indices` (a slice, or integers as in `subset`): float32 (k, C, H, W) in [0, 1]."""
@@ -177,6 +204,7 @@ class Dataset(torch.utils.data.Dataset):
         part = copy.copy(self)
         part.images = Rows(self.images, positions)
         part.labels = None if self.labels is None else self.labels[positions]
+        part.attributes = None if self.attributes is None else self.attributes[positions]
         return part
 
     def of_class(self, label: int | str) -> Dataset:
@@ -198,6 +226,52 @@ class Dataset(torch.utils.data.Dataset):
         if found.size == 0:
             raise ValueError(f"label is {label!r}; {self.source} has the labels {np.unique(self.labels).tolist()}")
         return self.subset(found)
+
+    def attribute(self, name: str) -> np.ndarray:
+        """Which images have an attribute: bool (n,).
+
+        Raises
+        ------
+        ValueError
+            When there is none of this name.
+        """
+        if self.attributes is None:
+            raise ValueError(
+                f"{self.source} has no attributes, so none is called {name!r}; of classes, class_attributes makes some"
+            )
+        if name not in self.attribute_names:
+            raise ValueError(f"name is {name!r}; the attributes of {self.source} are {', '.join(self.attribute_names)}")
+        return self.attributes[:, self.attribute_names.index(name)]
+
+    def class_attributes(self) -> tuple[np.ndarray, tuple[str, ...]]:
+        """The classes as attributes: bool (n, K), one True a row, and the K names.
+
+        Of classes without names, those that occur, named by their labels.
+
+        Raises
+        ------
+        ValueError
+            When there are no labels.
+
+        Examples
+        --------
+        >>> import protofast as pf
+        >>> shown, names = pf.data.load("digits").class_attributes()
+        >>> shown.shape, names[3], int(shown[:, 3].sum())
+        ((1437, 10), '3', 146)
+        """
+        if self.labels is None:
+            raise ValueError(f"{self.source} has no labels, so no class attributes")
+        classes = np.unique(self.labels) if self.names is None else np.arange(len(self.names))
+        names = tuple(map(str, classes)) if self.names is None else self.names
+        return self.labels[:, None] == classes, names
+
+    def digest(self) -> str:
+        """A name for the images in their order, 32 digits: another where a file, the order or an array changes.
+
+        Of files their paths, sizes and times of change are looked at; of an array in memory all its bytes.
+        """
+        return _digest(self.images)
 
     def _positions(self, indices: Any) -> np.ndarray:
         array = indices.detach().cpu().numpy() if isinstance(indices, Tensor) else np.asarray(indices)
@@ -232,3 +306,26 @@ class Rows:
 
     def __getitem__(self, key: Any) -> Any:
         return self.base[self.positions[key]]
+
+    def digest(self) -> str:
+        return hashlib.blake2b(f"{_digest(self.base)} {_digest(self.positions)}".encode(), digest_size=16).hexdigest()
+
+
+def _digest(images: Any) -> str:
+    return images.digest() if hasattr(images, "digest") else array_digest(images)
+
+
+def array_digest(array: np.ndarray) -> str:
+    array = np.ascontiguousarray(array)
+    found = hashlib.blake2b(array.reshape(-1).view(np.uint8).data, digest_size=16)
+    found.update(f"{array.dtype} {array.shape}".encode())
+    return found.hexdigest()
+
+
+def digest_of_files(paths: Iterable[os.PathLike[str]], *about: Any) -> str:
+    """Changes when a file does, or what else is told."""
+    found = hashlib.blake2b(repr(about).encode(), digest_size=16)
+    for path in paths:
+        stat = os.stat(path)
+        found.update(f"\0{os.path.abspath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
+    return found.hexdigest()

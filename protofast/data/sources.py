@@ -12,7 +12,11 @@ import numpy as np
 from .._optional import need
 from . import idx
 from .array import open_npy, open_safetensors
+from .celeba import open_celeba
+from .chexpert import open_chexpert
+from .cifar import open_cifar10
 from .dataset import DataError, Dataset
+from .ffhq import open_ffhq
 from .folder import open_folder
 
 SPLITS = {"train": ("train",), "test": ("t10k",), "all": ("train", "t10k")}
@@ -21,6 +25,11 @@ SPLITS = {"train": ("train",), "test": ("t10k",), "all": ("train", "t10k")}
 DIGITS_TRAIN = 1437
 """scikit-learn's digits have no parts of their own; the first 80 % are "train", in the order given, so that the
 writers of "test" are mostly others."""
+
+WITH_VALID = ("celeba", "chexpert")
+"""Sets that have a part "valid" too."""
+
+PICTURES = {"celeba": open_celeba, "ffhq": open_ffhq, "chexpert": open_chexpert}
 
 CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 IDX_NAMES = {"mnist": tuple("0123456789"), "fashion-mnist": CLOTHES}
@@ -57,17 +66,21 @@ def load(
         - ``"fashion-mnist"``: 60,000 + 10,000 of 28 × 28, from `root`, the folder ``PROTOFAST_DATA``, Debian's
           package dataset-fashion-mnist, or a download, whichever comes first.
         - ``"mnist"``: from `root` or ``PROTOFAST_DATA``; it is not downloaded.
+        - ``"cifar10"``, ``"celeba"``, ``"ffhq"``, ``"chexpert"``: see below. From `root` or ``PROTOFAST_DATA``; none is
+          downloaded, and the error of a missing one says where to get which files.
         - a folder with idx files (``train-images-idx3-ubyte``, plain or .gz, and so on).
         - a folder of pictures: one folder a class, or pictures alone, which gives no labels. Grey if all are, else RGB;
           an alpha channel is dropped. Orientation tags are not applied.
         - a ``.npy`` file (n, H, W) or (n, C, H, W): uint8, or floating point in [0, 1]; memory-mapped.
         - a ``.safetensors`` file with such an array as ``images`` (and ``labels``), or as its only key; read in slices.
-    split : {"train", "test", "all"}, optional
-        By default "train" of what comes in parts, and everything of what does not.
+    split : {"train", "valid", "test", "all"}, optional
+        By default "train" of what comes in parts, and everything of what does not. Only CelebA and CheXpert have a
+        "valid".
     root : path, optional
-        Folder of a named set's idx files: itself, a folder in it of the set's name, or torchvision's layout.
+        Folder of a named set's files: itself, a folder in it of the set's name, or torchvision's layout.
     image_size : int or (H, W), optional
-        Resizes the pictures of a folder: the centre of each, cut to the new aspect, Lanczos.
+        Resizes the pictures of a folder: the centre of each, cut to the new aspect, Lanczos. Those of CelebA, FFHQ and
+        CheXpert are squeezed to it instead, bicubic, as the paper of Patronus does.
     labels : sequence of int, or path of a .npy file, optional
         Labels of a ``.npy`` file of images.
 
@@ -88,7 +101,24 @@ def load(
 
     Notes
     -----
-    idx files are unpacked once, into the user's cache folder (``pooch.os_cache("protofast")``).
+    idx files and CIFAR-10's batches are unpacked once, into the user's cache folder (``pooch.os_cache("protofast")``).
+    Pictures are decoded when they are read, on as many threads as torch uses (``torch.set_num_threads``).
+
+    The sets of Patronus' paper (arXiv 2503.22782, sec. 4):
+
+    - CIFAR-10: 50,000 + 10,000 of 3 × 32 × 32. ``cifar-10-batches-py``, ``cifar-10-batches-bin``, or the .tar.gz of
+      either. Of a pickle nothing is run.
+    - CelebA: 162,770 + 19,867 + 19,962 of 3 × 218 × 178, 40 attributes. ``img_align_celeba`` or its .zip,
+      ``list_attr_celeba.txt``, ``list_eval_partition.txt`` (or both as Kaggle's .csv).
+    - FFHQ: 70,000, of which the first 60,000 are "train" and the others "test", as its authors' training and
+      validation. ``thumbnails128x128`` before larger ones, in folders of a thousand or flat. 13 attributes (male,
+      glasses, dark glasses, ten groups of age) from ``ffhq_aging_labels.csv`` or a folder ``json`` of the FFHQ features
+      dataset, None without; what these do not know is False.
+    - CheXpert: the first frontal picture of each patient, grey, 224 × 224 if `image_size` is not given. 16 attributes
+      from ``train.csv`` and ``valid.csv``: male, 60 years or more, and the 14 observations, True where they are 1 (not
+      mentioned, absent and uncertain are False). "train" and "test" are the patients of ``train.csv``, 90 % and 10 %
+      by a hash of the patient; "valid" is ``valid.csv``, and "all" everything. The paper has 28,878 of these patients,
+      and 23 attributes, through a further file of demographics that is not read here, so its parts are others.
 
     Examples
     --------
@@ -100,18 +130,25 @@ def load(
     >>> images.shape
     torch.Size([32, 1, 8, 8])
     """
-    if split not in (None, *SPLITS):
-        raise ValueError(f"split is {split!r}; choose one of {', '.join(map(repr, SPLITS))}")
     name = os.fspath(name_or_path)
+    parts = (*SPLITS, "valid") if name in WITH_VALID else tuple(SPLITS)
+    if split not in (None, *parts):
+        raise ValueError(f"split is {split!r}; choose one of {', '.join(map(repr, parts))}")
     if name in IDX_NAMES:
         _only(name, image_size=image_size, labels=labels)
         return _idx(_find_idx(name, split or "train", root), split or "train", name, IDX_NAMES[name])
+    if name == "cifar10":
+        _only(name, image_size=image_size, labels=labels)
+        return open_cifar10(root, split or "train")
+    if name in PICTURES:
+        _only(name, labels=labels)
+        return PICTURES[name](root, split or "train", _size(image_size))
     if name == "digits":
         _only(name, root=root, image_size=image_size, labels=labels)
         return _digits(split or "train")
     path = Path(name)
     if not path.exists():
-        known = ", ".join(map(repr, ("digits", *IDX_NAMES)))
+        known = ", ".join(map(repr, ("digits", *IDX_NAMES, "cifar10", *PICTURES)))
         raise FileNotFoundError(f"{name} does not exist; give the path of a folder or a file, or one of {known}")
     _only(name, root=root)
     if path.is_dir() and any(idx.find(path, f"{part}-images-idx3-ubyte") for part in SPLITS["all"]):

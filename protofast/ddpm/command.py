@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,8 +15,6 @@ if TYPE_CHECKING:
 Option = typer.Option
 
 FORMAT = "protofast-ddim-1"
-COLUMNS = 14
-"""Images of a row of a picture."""
 
 
 def ddim(
@@ -66,6 +62,7 @@ def ddim(
     from .. import __version__
     from .._optional import need
     from .._progress import bars
+    from .._sheet import sheet
     from .check import evaluate
     from .training import train
 
@@ -114,7 +111,7 @@ def ddim(
     there = [("held out", pictures["inverted"])]
     for count, rebuilt in pictures["inversion"].items():
         there += [(f"{count}, {name}", made) for name, made in zip(("plain", "fixed"), rebuilt, strict=True)]
-    files = {"grid.png": _sheet(grid, rows=2), "invert.png": _sheet(there, rows=1)}
+    files = {"grid.png": sheet(grid, rows=2), "invert.png": sheet(there)}
     files["result.json"] = json.dumps(result, indent=1).encode()  # last: with it the folder is complete
     with suppress(FileNotFoundError):
         (folder / "result.json").unlink()
@@ -165,29 +162,6 @@ def _load(data: str, root: Path | None, image_size: int | None, seed: int) -> tu
         parts = [whole.subset(order[tenth:].sort().values), whole.subset(order[:tenth].sort().values)]
     images, held_out = (part.take(slice(None)) for part in parts)
     return images, held_out
-
-
-def _sheet(groups: Sequence[tuple[str, Tensor]], rows: int) -> bytes:
-    """A PNG file: for each name `rows` rows of images (n, C, H, W) in [0, 1]."""
-    import numpy as np
-    from PIL import Image, ImageDraw
-
-    height, width = groups[0][1].shape[-2:]
-    scale = max(1, round(56 / max(height, width)))
-    tall, wide, margin = height * scale, width * scale, 96
-    canvas = Image.new("RGB", (margin + COLUMNS * wide, len(groups) * (rows * tall + 6)), "white")
-    draw = ImageDraw.Draw(canvas)
-    for number, (name, images) in enumerate(groups):
-        top = number * (rows * tall + 6)
-        draw.text((4, top + tall // 2 - 6), name, fill="black")
-        for place, image in enumerate((images[: rows * COLUMNS] * 255).round().byte().numpy()):
-            pixels = image[0] if len(image) < 3 else np.moveaxis(image[:3], 0, -1)
-            tile = Image.fromarray(pixels).resize((wide, tall), Image.Resampling.NEAREST)
-            canvas.paste(tile, (margin + place % COLUMNS * wide, top + place // COLUMNS * tall))
-    file = BytesIO()
-    grey = all(images.shape[1] < 3 for _, images in groups)
-    (canvas.convert("L") if grey else canvas).save(file, format="PNG", optimize=True)
-    return file.getvalue()
 
 
 def _tell(numbers: dict[str, Any], folder: Path) -> None:
