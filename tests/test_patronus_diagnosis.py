@@ -240,11 +240,12 @@ def test_balanced_rows_untie_and_keep_the_rates():
 
 class Drawn(Patronus):
     """A model whose truth is known: it draws square j of 4 × 4 pixels as bright as activation j, from any noise, and
-    square 3 also as bright as `tie` times activation 1; its activations are the brightness of the squares."""
+    square 3 also as bright as `tie` times activation 1 and 9 times as bright of the `rival`'s; its activations are the
+    brightness of the squares."""
 
-    def __init__(self, tie=0.0, all_of_it=0.0):
+    def __init__(self, tie=0.0, rival=None):
         super().__init__(PatronusConfig((1, 16, 16), num_prototypes=12, width=8, multipliers=(1, 2), groups=4))
-        self.tie, self.all_of_it = tie, all_of_it
+        self.tie, self.rival = tie, rival
         self.eval().requires_grad_(False)
 
     def encode(self, images, *, return_all=False):
@@ -257,7 +258,9 @@ class Drawn(Patronus):
 
     def forward(self, x, t, activations):
         levels = torch.cat([activations, torch.zeros(len(x), 4)], 1)
-        levels[:, 3] += self.tie * activations[:, 1] + self.all_of_it * activations.sum(1)
+        levels[:, 3] += self.tie * activations[:, 1]
+        if self.rival is not None:
+            levels[:, 3] += 9 * self.tie * activations[:, self.rival]
         clean = levels.clamp(0, 1).reshape(-1, 1, 4, 1, 4, 1).expand(-1, -1, -1, 4, -1, 4).reshape(x.shape) * 2 - 1
         alpha = self.schedule.alphas_cumprod.float()[t].view(-1, 1, 1, 1)
         return (x - alpha.sqrt() * clean) / (1 - alpha).sqrt()
@@ -308,11 +311,28 @@ def test_no_tie_is_not_flagged():
     assert float(found.effects[0].own.mean()) > 0.5  # the prototype was turned up all the same
 
 
-def test_what_every_prototype_does_is_not_flagged():
-    """The control level: all of them brighten square 3, prototype 1 no more than others would if turned up as far."""
-    _, _, found = intervened(Drawn(all_of_it=0.02))
+def test_what_a_control_does_as_well_is_not_flagged():
+    """The control level: a prototype that stands for neither attribute brightens square 3 even more."""
+    rival = intervened(Drawn(tie=0.4))[2].effects[0].controls[2]
+    _, _, found = intervened(Drawn(tie=0.4, rival=rival))
+    effect = found.effects[0]
+    assert float(effect.other.mean()) > 0.2
+    assert float(effect.control.mean(1)[2]) > float(effect.other.mean())
+    assert effect.p_value == 2 / 7
     assert not found.flagged
-    assert float(found.effects[0].control.mean()) > 0
+
+
+def test_no_attribute_is_its_own_control():
+    """Also where, with the attributes balanced, its prototype tells nothing."""
+    activations, pair = world(400, 0.3)
+    model = Drawn()
+    padded = torch.cat([activations, torch.randn(400, 6, generator=seeded())], 1)
+    association = associate(padded, pair, replicates=100)._replace(
+        prototypes=(1, 3), balanced_auroc=torch.full((2, 12), 0.5, dtype=torch.float64)
+    )
+    detector = lambda x: model.squares(x)[:, 0]  # noqa: E731
+    found = intervene(model, torch.zeros(4, 1, 16, 16), padded, association, (detector, detector), num_steps=2)
+    assert found.effects[0].controls == (0, 2, 4, 5, 6, 7)
 
 
 def test_intervention_does_not_depend_on_batches():
@@ -368,8 +388,7 @@ def test_trained_on_planted_digits(digits, rate):
 def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
-    about = {"attribute": "corner", "target": "zero", "rate": 0.7}
-    Patronus(TINY).save_pretrained(folder, data="digits", plant={**about, "target": "0"})
+    Patronus(TINY).save_pretrained(folder, data="digits", plant={"attribute": "corner", "target": "0", "rate": 0.7})
     return folder
 
 

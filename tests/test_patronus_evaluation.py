@@ -3,7 +3,6 @@
 
 import itertools
 import json
-import math
 import sys
 
 import numpy as np
@@ -521,14 +520,12 @@ def test_the_command_without_labels(run_folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_holds_a_tenth_of_other_data_out(run_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("pooch.os_cache", lambda name: tmp_path / "cache")
+def test_the_command_holds_a_tenth_of_other_data_out(tmp_path):
     from protofast.patronus.commands.evaluate import _parts
 
-    images, labels = stripes(50)
+    images, _ = stripes(50)
     np.save(tmp_path / "x.npy", (images[:, 0].numpy() + 1) / 2)
     train, test = _parts({"data": str(tmp_path / "x.npy")}, None, None, 0)
     assert (len(train), len(test)) == (45, 5)
     rows = {row.numpy().tobytes() for part in (train, test) for row in part.take(slice(None))}
     assert len(rows) == 50
-    assert math.isfinite(float(labels.sum()))

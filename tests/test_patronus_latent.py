@@ -172,6 +172,18 @@ def test_what_is_learned_is_nearer_than_a_gaussian():
     assert (model.sample(10)[:, 3] == vectors()[0, 3]).all()  # it never varies
 
 
+def test_prototypes_that_never_vary():
+    # Sums of n equal values are not n times the value, so that their deviations from the mean are not 0.
+    for n in range(2, 60):
+        points = vectors(n)[:, 3:]
+        model = LatentModel(1, TINY)
+        model.standardize(points)
+        assert model.std.tolist() == [1.0]
+        assert latent_quality(points, points).spread.tolist() == [1.0]
+        assert latent_quality(vectors(n)[:, :1], points).correlation == 0
+        assert (gaussian(points, 5) == points[0, 0]).all()
+
+
 def test_activations_are_standardised():
     points = vectors(200)
     model = train_latent(points, **ROOM)
@@ -204,6 +216,7 @@ def test_seed_and_what_is_kept(tmp_path):
     assert steps == [(done, 12) for done in range(1, 13)]
     other = LatentConfig(width=8, layers=2, timesteps=20)
     for changed in ({"seed": 1}, {"lr": 1e-2}, {"ema": 0.5}, {"config": other}, {"points": vectors(seed=1)}):
+        again(folder=tmp_path)  # so that nothing else has changed
         found = again(**changed, folder=tmp_path)
         assert len(steps) == 12
         assert not same(first, found)

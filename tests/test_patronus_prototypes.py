@@ -254,13 +254,13 @@ def test_names_by_class():
     assert [name.active for name in found[:5]] == [True, True, True, False, False]
     assert [set(name.classes) for name in found] == [{1}, {0, 4}, {5, 2, 3}, {5, 7}, {5}, set()]
     assert found[0].what == "bag"
-    assert found[1].what in ("coat or shirt", "shirt or coat")
-    assert found[2].what.count(", ") == found[2].what.count(" or ") == 1
-    assert found[3].what in ("not hat or belt", "not belt or hat")
+    assert found[1].what == "coat or shirt"
+    assert found[2].what == "boot, dress or hat"
+    assert found[3].what == "not hat or belt"
     assert found[4].what == "not hat"
     assert found[5].what == ""
     assert found[5].text == "prototype 5, centre"
-    assert found[0].text == f"bag, centre, AUROC {found[0].auroc:.2f}"
+    assert found[0].text == f"bag, centre (100 % of its top images, AUROC {found[0].auroc:.2f})"
     for name, column in zip(found[:5], activations.T[:5], strict=True):
         inside = np.isin(labels, name.classes) == name.active
         assert name.auroc == pytest.approx(roc_auc_score(inside, column), abs=1e-12)
@@ -294,7 +294,7 @@ def test_frequent_classes_do_not_stand_out():
     activations = np.r_[np.full(20, 2.0), np.random.default_rng(0).random(180)][:, None]
     labels[:20:2] = 2
     labels[1:20:2] = 1
-    assert named(activations, labels)[0].what in ("1 or 2", "2 or 1")
+    assert named(activations, labels)[0].what == "1 or 2"
 
 
 def test_ties_count_half():
@@ -307,13 +307,18 @@ def test_ties_count_half():
 
 
 def test_fewer_classes_make_the_better_name():
-    # Inactive in class 5; class 4 is only a little lower than the rest.
-    labels = np.arange(24000) % 6
-    activations = np.random.default_rng(0).random(24000) - 5.0 * (labels == 5) - 0.02 * (labels == 4)
-    (name,) = named(activations[:, None], labels)
+    # Inactive in class 5, and in the rare class 4, which matters little.
+    number = np.arange(24000)
+    labels = np.where(number % 6 == 4, 6, number % 6)
+    labels[4:600:6] = 4
+    noise = np.random.default_rng(0).random(24000)
+    low = np.where(labels == 5, -5, 0) + np.where(labels == 4, -4.7, 0)
+    (name,) = named((noise + low)[:, None], labels)
     assert name.what == "not 5"
-    activations -= 5.0 * (labels == 4)
-    assert named(activations[:, None], labels)[0].what in ("not 5 or 4", "not 4 or 5")
+    assert 0.99 < name.auroc < 1
+    labels[4:12000:6] = 4
+    low = np.where(labels == 5, -5, 0) + np.where(labels == 4, -4.7, 0)
+    assert named((noise + low)[:, None], labels)[0].what == "not 4 or 5"
 
 
 def test_names_by_attribute():

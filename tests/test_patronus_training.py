@@ -78,7 +78,26 @@ def test_accumulated_parts_are_one_batch():
     for whole, parts in zip(*gradients, strict=True):
         scale = float(whole.abs().max())
         assert scale > 0
-        torch.testing.assert_close(parts, whole, rtol=0, atol=1e-4 * scale)
+        torch.testing.assert_close(parts, whole, rtol=0, atol=1e-4 * scale + 1e-8)
+
+
+@pytest.mark.parametrize("distance", [0.1, 2.0])
+def test_prototypes_start_at_patches_at_a_given_distance(distance):
+    settings = dataclasses.replace(FEW, updates=1, lr=1e-12, ema=0.0, weight_decay=0.0, distance=distance)
+    model = train(TINY, IMAGES, settings)
+    found = model.activations(IMAGES, return_all=True)
+    assert float(found.distance.median()) == pytest.approx(distance, rel=1e-3)
+    assert (found.distance.amin(0) < 1e-5 * distance).all()  # each is a patch of an image
+
+
+def test_the_encoder_has_a_learning_rate_of_its_own():
+    settings = dataclasses.replace(FEW, updates=2, ema=0.0, encoder_lr=0.0, weight_decay=0.0, initialize="uniform")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        fresh = Patronus(TINY)
+    model = train(TINY, IMAGES, settings)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, fresh.state_dict()[name]) == (not name.startswith("denoiser")), name
 
 
 def test_average_of_the_weights():

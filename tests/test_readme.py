@@ -108,9 +108,28 @@ def small(arguments: list[str], folder: Path) -> list[str]:
         sized += ["--epochs", "1", "--iterations", "2", "--generations", "200"]
     if "ddim" in arguments:
         sized += ["--updates", "2", "--width", "8", "--steps", "2", "--samples", "20", "--inverted", "4"]
+    if "patronus" in arguments:
+        sized = small_patronus(sized, folder)
     if "bench" in arguments or "benchmarks" in line:
         sized += ["--help"]
     if "select" in arguments:
         np.save(folder / arguments[1], np.random.default_rng(0).normal(size=(300, 3)))
         sized = [str(folder / word) if word.endswith((".npy", ".npz", ".json", ".png")) else word for word in sized]
     return sized
+
+
+def small_patronus(arguments: list[str], folder: Path) -> list[str]:
+    """The same command with a tiny model."""
+    if arguments[1] == "train":
+        return [*arguments, "--image-size", "16", "--prototypes", "4", "--updates", "2", "--batch", "4"]
+    config = pf.patronus.PatronusConfig((1, 16, 16), num_prototypes=4, width=8, multipliers=(1, 2), layers=1, groups=4)
+    pf.patronus.Patronus(config).eval().save_pretrained(folder / "run", data="digits")
+    sizes = {
+        "generate": ["--images", "2", "--steps", "2"],
+        "prototypes": ["--steps", "2"],
+        "emergence": ["--steps", "2", "--images", "2"],
+        "latent": ["--updates", "2"],
+        "evaluate": ["--samples", "10", "--steps", "2", "--probed", "100"],
+        "report": ["--only-existing"],
+    }
+    return [arguments[0], arguments[1], str(folder / "run"), *arguments[3:], *sizes[arguments[1]]]

@@ -164,6 +164,12 @@ class TrainingConfig:
         Gradients are scaled down to it; 0 for never, as the public code.
     initialize : {"k-center", "random", "uniform"}
         Prototypes at the start: patches of images, farthest from one another or drawn, or U[0, 1) as the public code.
+    distance : float
+        Features and prototypes that start as patches are scaled together so that this is the median distance of a
+        prototype to an image. Where distances are large the log activation is flat and hardly learns: see the notes
+        of docs/patronus.md. 0 for no scaling.
+    encoder_lr : float
+        Learning rate of the encoder and the prototypes, as a share of `lr`.
     flip : bool
         Mirrors half of the images.
     """
@@ -179,6 +185,8 @@ class TrainingConfig:
     margin: float = 0.2
     max_norm: float = 1.0
     initialize: str = "k-center"
+    distance: float = 0.1
+    encoder_lr: float = 1.0
     flip: bool = False
 
     def __post_init__(self) -> None:
@@ -190,7 +198,7 @@ class TrainingConfig:
         for name in ("warmup", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a number from 0 to below 1")
-        for name in ("weight_decay", "distinct", "margin", "max_norm"):
+        for name in ("weight_decay", "distinct", "margin", "max_norm", "distance", "encoder_lr"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}; give 0 or more")
         if self.decay not in ("constant", "cosine"):
@@ -216,7 +224,8 @@ PRESETS: dict[str, PatronusConfig] = {
     "cpu": _paper(
         (1, 32, 32),
         num_prototypes=30,
-        width=32,
+        width=16,
+        groups=4,
         multipliers=(1, 2, 4),
         layers=1,
         dropout=0.0,
@@ -234,6 +243,6 @@ TRAINING: dict[str, TrainingConfig] = {
     "celeba": TrainingConfig(updates=763_000, batch=64),
     "ffhq": TrainingConfig(updates=328_200, batch=64),
     "chexpert": TrainingConfig(updates=487_500, batch=16),
-    "cpu": TrainingConfig(updates=4000, batch=64, lr=2e-3, warmup=0.05, decay="cosine", ema=0.995, weight_decay=0.01),
+    "cpu": TrainingConfig(updates=20_000, batch=32, lr=2e-3, warmup=0.05, decay="cosine"),
 }
 """Training of each preset: the paper's batches and epochs (100 of MNIST and Fashion-MNIST, else 300)."""

@@ -5,6 +5,10 @@ here. At each timestep t of a deterministic run the denoiser's prediction says h
 s(t) = proto(x̂_0(t)) says what the prototypes see in that. Two runs from the same noise are compared: one under the
 image's own activations, one with a single prototype j enhanced. Their difference in s_j, δ_j(t), is 0 as long as the
 enhancement changes nothing that prototype j would see. x̂_0 is not clipped, as in the paper's DDIM.
+
+At the first step x̂_0 is what the activations alone make the model expect, so a prototype may be there at once. A
+model that predicts the noise shows less of that: its error reaches x̂_0 divided by √ᾱ, 0.006 at T = 1,000, and what
+the encoder sees then is mostly this error. Compare emergence times of models of one `prediction_type` only.
 """
 
 from __future__ import annotations

@@ -138,10 +138,10 @@ class LatentModel(nn.Module):
     def standardize(self, activations: Tensor) -> None:
         """Takes mean, standard deviation and range from activations (N, M)."""
         std, mean = torch.std_mean(activations.double(), 0, correction=0)
-        self.mean.copy_(mean)
-        self.std.copy_(std.where(std > 0, 1.0))
         self.lowest.copy_(activations.amin(0))
         self.highest.copy_(activations.amax(0))
+        self.mean.copy_(mean)
+        self.std.copy_(std.where((self.lowest < self.highest).to(std.device), 1.0))  # of equal values std has roundings
 
     @torch.no_grad()
     def sample(
@@ -295,7 +295,7 @@ def activations_of(
     >>> from protofast.patronus.latent import activations_of
     >>> model = Patronus(PatronusConfig((1, 16, 16), num_prototypes=5, width=8, multipliers=(1, 2)))
     >>> activations_of(model, pf.data.load("digits")).shape
-    torch.Size([1797, 5])
+    torch.Size([1437, 5])
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; give at least 1")
@@ -617,10 +617,10 @@ def latent_quality(samples: Tensor, held_out: Tensor, *, neighbours: int = 5000,
         raise ValueError(f"neighbours is {neighbours}; give at least 2")
     distance = need("scipy.stats", "patronus").wasserstein_distance
     nearest = need("sklearn.neighbors", "data").NearestNeighbors
-    scale = _or_one(second.std(0))
-    first, second = ((points - second.mean(0)) / scale for points in (first, second))
+    mean, scale = second.mean(0), _or_one(_std(second))
+    first, second = ((points - mean) / scale for points in (first, second))
     wasserstein = np.array([distance(one, other) for one, other in zip(first.T, second.T, strict=True)])
-    steady = (first.std(0) == 0) & (second.std(0) == 0)
+    steady = (_std(first) == 0) & (_std(second) == 0)
     pairs = np.triu_indices(first.shape[1], 1)
     between = [_correlations(points)[pairs] for points in (first, second)]
     count, generator = min(len(first), len(second), neighbours), np.random.default_rng(seed)
@@ -628,7 +628,7 @@ def latent_quality(samples: Tensor, held_out: Tensor, *, neighbours: int = 5000,
     found = nearest(n_neighbors=1).fit(both).kneighbors(return_distance=False)[:, 0]  # of others, not of itself
     return LatentQuality(
         wasserstein,
-        np.where(steady, 1.0, first.std(0) / _or_one(second.std(0))),
+        np.where(steady, 1.0, _std(first) / _or_one(_std(second))),
         float(np.abs(between[0] - between[1]).mean()) if len(pairs[0]) else 0.0,
         float(((found < count) == (np.arange(2 * count) < count)).mean()),
     )
@@ -680,13 +680,18 @@ def _vectors(name: str, points: Tensor) -> Tensor:
     return points.detach()
 
 
+def _std(points: np.ndarray) -> np.ndarray:
+    """Of each column; exactly 0 for equal values, where numpy's has roundings."""
+    return np.where(points.min(0) < points.max(0), points.std(0), 0.0)
+
+
 def _or_one(values: np.ndarray) -> np.ndarray:
     return np.where(values > 0, values, 1.0)
 
 
 def _correlations(points: np.ndarray) -> np.ndarray:
     """Of prototypes; 0 with one that never varies, where numpy's have NaN."""
-    points = (points - points.mean(0)) / _or_one(points.std(0))
+    points = (points - points.mean(0)) / _or_one(_std(points))
     return points.T @ points / len(points)
 
 

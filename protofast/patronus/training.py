@@ -146,7 +146,7 @@ def train(
         torch.manual_seed(seed)
         model = Patronus(config) if start is None else copy.deepcopy(start).requires_grad_(True)
     if start is None and settings.initialize != "uniform":
-        _initialize(model, taker, len(images), settings.initialize, seed)
+        _initialize(model, taker, len(images), settings, seed)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     run = _Run(model, settings, accelerator, precision, seed, compile)
     if folder is not None:
@@ -223,9 +223,11 @@ class _Run:
         model = model.to(accelerator.device)
         self.model = model.train()
         self.average = AveragedModel(model, multi_avg_fn=self._blend) if settings.ema else None
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
-        )
+        groups = [
+            {"params": list(model.denoiser.parameters()), "share": 1.0},
+            {"params": [*model.encoder.parameters(), *model.prototypes.parameters()], "share": settings.encoder_lr},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
         self.share = _Share(model.prototypes, accelerator.device)
         # Mixed precision is the objective's own: accelerate's would reach the encoder, too.
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=precision == "fp16")
@@ -238,7 +240,7 @@ class _Run:
         accelerator, settings = self.accelerator, self.settings
         lr = settings.lr * _rate(settings, self.done)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["share"]
         draws = np.random.default_rng([self.seed, self.done])
         rows = draws.integers(count, size=settings.batch)
         timesteps = torch.from_numpy(draws.integers(self.model.config.timesteps, size=settings.batch))
@@ -406,11 +408,23 @@ def _rate(settings: TrainingConfig, done: int) -> float:
 
 
 @torch.no_grad()
-def _initialize(model: Patronus, take: Callable[[Any], Tensor], count: int, method: str, seed: int) -> None:
-    """Prototypes from patches of up to 256 images: U[0, 1)^D lies far from all features, so that s hardly varies."""
+def _initialize(
+    model: Patronus, take: Callable[[Any], Tensor], count: int, settings: TrainingConfig, seed: int
+) -> None:
+    """Prototypes from patches of up to 256 images, at distances where the log activation has a slope."""
     rows = np.random.default_rng([seed, 0]).permutation(count)[:256]
     features = model.encoder(take(rows))
-    model.prototypes.initialize_from(features, method=method, generator=torch.Generator().manual_seed(seed))
+    draws = torch.Generator().manual_seed(seed)
+    model.prototypes.initialize_from(features, method=settings.initialize, generator=draws)
+    if not settings.distance:
+        return
+    median = float(model.prototypes(features, return_all=True).distance.median())
+    if not 0 < median < math.inf:
+        return  # images without contrast: nothing to scale by
+    scale = math.sqrt(settings.distance / median)
+    last = [layer for layer in model.encoder if isinstance(layer, nn.Conv2d)][-1]
+    for values in (*last.parameters(), model.prototypes.prototype_vectors):  # ReLU is homogeneous
+        values.mul_(scale)
 
 
 def _complete(folder: Path, made_by: Mapping[str, Any]) -> Patronus | None:

@@ -117,7 +117,7 @@ def versions() -> dict[str, str]:
     from ... import __version__
     from ..._optional import need
 
-    found: dict[str, str] = {"protofast": str(__version__), "torch": str(torch.__version__), "python": platform.python_version()}
+    found = {"protofast": str(__version__), "torch": str(torch.__version__), "python": platform.python_version()}
     return found | {"diffusers": need("diffusers", "patronus").__version__}
 
 

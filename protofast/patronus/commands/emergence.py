@@ -125,10 +125,16 @@ def _describe(section: Section, found: Emergence, total: int) -> None:
         early, late = times[rising[0]], times[rising[-1]]
         first = [numbers[place] for place in rising if times[place] == early]
         last = [numbers[place] for place in rising if times[place] == late]
+        begin = int(found.timesteps[0])
         section.findings.append(
             f"First to emerge, at timestep {early:.0f} of {total:,}: {_listed(first)}."
             + (f" Last, at {late:.0f}: {_listed(last)}." if late < early else " None comes later.")
         )
+        if early == begin:
+            section.findings.append(
+                f"{len(first)} of {count} prototypes are there from the first step, where the model has seen nothing "
+                "but noise: the activations alone make it expect them."
+            )
     if found.trend_time == found.trend_time:
         section.findings.append(
             f"Over all prototypes, half of the final change is there at timestep {found.trend_time:.0f}; the mean "

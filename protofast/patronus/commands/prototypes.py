@@ -80,14 +80,15 @@ def prototypes(
     made = amplify(model, shown[drawn], levels, num_steps=steps, batch_size=batch_size, progress=progress)
     alike = consistency(made.feature)
 
-    # Those with a name first, the clearest of them at the top.
-    order = sorted(range(len(names)), key=lambda number: -names[number].share if names[number].what else 1)
+    # First those named by what they are active in, the clearest at the top; last those without a name.
+    clearness = [(bool(name.what), name.active, name.share if name.what else 0.0) for name in names]
+    order = sorted(range(len(names)), key=clearness.__getitem__, reverse=True)
     section = Section("prototypes", "What the prototypes stand for")
     section.settings = {"data": source.source, "images_searched": len(shown), "images_amplified": images}
     section.settings |= {"steps": steps, "quantile": None if globally else quantile, "globally": globally, "seed": seed}
     section.findings = _findings(names, made, levels, alike, source)
     section.table(
-        "The prototypes by name",
+        "The prototypes by name; their highest activation in the data, and means before and after turning them up",
         ["prototype", "strongest in", "share", "AUROC", "where", "highest", "turned up to", "before", "after"],
         [
             [

@@ -81,6 +81,7 @@ def train(
     import torch
 
     from ... import patronus
+    from ..diagnosis import plant as plant_in
 
     name = preset or (data if data in patronus.PRESETS else "cpu")
     if name not in patronus.PRESETS:
@@ -100,7 +101,7 @@ def train(
     config = dataclasses.replace(config, image_shape=(channels, *size))
     if prototypes is not None:
         config = dataclasses.replace(config, num_prototypes=prototypes)
-    given = {"updates": updates, "batch": batch, "lr": lr, "distinct": distinct, "margin": margin}
+    given: dict[str, Any] = {"updates": updates, "batch": batch, "lr": lr, "distinct": distinct, "margin": margin}
     settings = dataclasses.replace(
         patronus.TRAINING[name], **{key: value for key, value in given.items() if value is not None}
     )
@@ -111,7 +112,7 @@ def train(
         target = _class(source, str(plant_class))
         about["plant"] = {"attribute": plant, "target": target, "rate": plant_rate}
         draws = torch.Generator().manual_seed(seed)
-        images = patronus.plant(
+        images = plant_in(
             images.take(slice(None)),
             torch.as_tensor(source.labels),
             attribute=plant,

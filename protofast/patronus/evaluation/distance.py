@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +50,11 @@ def inception_features(
             f"{weights}: no such file; give torch-fidelity's pt_inception-2015-12-05-6726825d.pth, or none for "
             "the Fréchet distance over a classifier's features"
         )
-    need("torch_fidelity", "patronus")
+    try:
+        import_module("torch_fidelity")
+    except (ImportError, RuntimeError) as error:  # RuntimeError: its torchvision is for another torch
+        cure = "pip install torch-fidelity, and torchvision in the version made for this torch"
+        raise ImportError(f"FID needs torch_fidelity, which could not be imported ({error}): {cure}") from error
     metric = need("torchmetrics.image.fid", "patronus").FrechetInceptionDistance
     network = metric(feature=2048, feature_extractor_weights_path=os.fspath(weights)).inception.to(device).eval()
 
