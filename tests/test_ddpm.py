@@ -18,11 +18,10 @@ import torch
 for module in ("typer", "rich", "diffusers", "PIL", "pooch", "safetensors"):
     pytest.importorskip(module, reason=f"{module} is absent: pip install 'protofast[cli,data,diffusers]'")
 
-from PIL import Image
 from typer.testing import CliRunner
 
 import protofast as pf
-from protofast import cli, ddpm
+from protofast import _sheet, cli, ddpm
 from protofast.ddpm import check, command, training
 
 ROOM = {"width": 8, "updates": 12}
@@ -373,7 +372,7 @@ def test_outputs(app, data, tmp_path):
 
 def test_an_interrupted_writing_leaves_no_result(app, data, tmp_path, monkeypatch):
     assert run(app, "--data", data, "--out", tmp_path / "out", *QUICK).exit_code == 0
-    sheet, made = command._sheet, []
+    sheet, made = _sheet.sheet, []
 
     def fails(*arguments, **more):
         made.append(1)
@@ -382,7 +381,7 @@ def test_an_interrupted_writing_leaves_no_result(app, data, tmp_path, monkeypatc
         return sheet(*arguments, **more)
 
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    monkeypatch.setattr(command, "_sheet", fails)
+    monkeypatch.setattr(_sheet, "sheet", fails)
     result = run(app, "--data", data, "--out", tmp_path / "out", *QUICK, "--seed", "1")
     assert result.exit_code == 1
     assert result.stderr == "error: disk full\n"
@@ -423,20 +422,3 @@ def test_the_folder_is_checked_first(app, data, tmp_path):
     (tmp_path / "result.json").write_text('{"format": "protofast-pxgen-1"}')
     assert "is of another command" in run(app, "--data", data, "--out", tmp_path, *QUICK).stderr
     assert not (tmp_path / "cache").exists()
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_a_sheet_shows_every_pixel(channels):
-    from io import BytesIO
-
-    tensor = (torch.randint(256, (20, channels, 28, 28)) / 255).float()
-    found = np.asarray(
-        Image.open(BytesIO(command._sheet([("a", tensor), ("b", tensor.flip(0))], rows=2))).convert("RGB")
-    )
-    wanted = (tensor * 255).round().byte().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
-    left = found.shape[1] - command.COLUMNS * 56
-    for block, shown in enumerate((wanted, wanted[::-1])):
-        for number, image in enumerate(shown):
-            top = block * (2 * 56 + 6) + number // command.COLUMNS * 56
-            begin = left + number % command.COLUMNS * 56
-            assert np.array_equal(found[top : top + 56 : 2, begin : begin + 56 : 2], image)

@@ -4,10 +4,12 @@ import copy
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from protofast import cli
 from protofast.patronus import PRESETS, Patronus, PatronusConfig, TrainingConfig, train
 from protofast.patronus import training as module
 
+ROOT = Path(__file__).parents[1]
 TINY = PatronusConfig((1, 16, 16), num_prototypes=5, width=8, multipliers=(1, 2), layers=1, groups=4)
 FEW = TrainingConfig(updates=6, batch=4, lr=1e-3)
 IMAGES = torch.rand(20, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -342,3 +345,17 @@ def test_command(tmp_path, monkeypatch):
         found = CliRunner().invoke(cli.build(), [*planted, *more])
         assert found.exit_code != 0
         assert expected in found.output
+
+
+def test_the_documented_torchrun(tmp_path):
+    """The command of docs/patronus.md, made small."""
+    page = (ROOT / "docs/patronus.md").read_text()
+    line = next(line for line in page.splitlines() if line.startswith("torchrun"))
+    words = shlex.split(line.replace("fashion-mnist", "digits").replace("runs/fashion", str(tmp_path / "run")))
+    at = words.index("--no-python")
+    command = [sys.executable, "-m", "torch.distributed.run", *words[1:at], "-m", "protofast.cli", *words[at + 2 :]]
+    command += ["--image-size", "16", "--prototypes", "4", "--updates", "2", "--batch", "4", "--device", "cpu"]
+    found = subprocess.run(command, env=environment(), timeout=300, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert found.stdout.count("4 prototypes") == 1
+    assert Patronus.from_pretrained(tmp_path / "run").config.num_prototypes == 4

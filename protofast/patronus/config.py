@@ -170,6 +170,9 @@ class TrainingConfig:
         of docs/patronus.md. 0 for no scaling.
     encoder_lr : float
         Learning rate of the encoder and the prototypes, as a share of `lr`.
+    timestep_power : float
+        Timesteps are ⌊T·u^power⌋ of uniform u: 1 is uniform, as the paper; below 1 the noisy ones, where an image is
+        guessed from its activations, are drawn more often.
     flip : bool
         Mirrors half of the images.
     """
@@ -187,14 +190,16 @@ class TrainingConfig:
     initialize: str = "k-center"
     distance: float = 0.1
     encoder_lr: float = 1.0
+    timestep_power: float = 1.0
     flip: bool = False
 
     def __post_init__(self) -> None:
         for name in ("updates", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
-        if not 0 < self.lr < float("inf"):
-            raise ValueError(f"lr is {self.lr}; give a positive number")
+        for name in ("lr", "timestep_power"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}; give a positive number")
         for name in ("warmup", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a number from 0 to below 1")
@@ -243,6 +248,6 @@ TRAINING: dict[str, TrainingConfig] = {
     "celeba": TrainingConfig(updates=763_000, batch=64),
     "ffhq": TrainingConfig(updates=328_200, batch=64),
     "chexpert": TrainingConfig(updates=487_500, batch=16),
-    "cpu": TrainingConfig(updates=20_000, batch=32, lr=2e-3, warmup=0.05, decay="cosine"),
+    "cpu": TrainingConfig(updates=20_000, batch=32, lr=2e-3, warmup=0.05, decay="cosine", timestep_power=0.6),
 }
 """Training of each preset: the paper's batches and epochs (100 of MNIST and Fashion-MNIST, else 300)."""

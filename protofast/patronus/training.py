@@ -243,7 +243,8 @@ class _Run:
             group["lr"] = lr * group["share"]
         draws = np.random.default_rng([self.seed, self.done])
         rows = draws.integers(count, size=settings.batch)
-        timesteps = torch.from_numpy(draws.integers(self.model.config.timesteps, size=settings.batch))
+        high = draws.random(settings.batch) ** settings.timestep_power * self.model.config.timesteps
+        timesteps = torch.from_numpy(high.astype(np.int64).clip(max=self.model.config.timesteps - 1))
         mirrored = torch.from_numpy(draws.random(settings.batch) < 0.5)
         number = int(draws.integers(1 << 62))
         size = settings.batch // (accumulate * accelerator.num_processes)

@@ -81,6 +81,7 @@ def train(
     import torch
 
     from ... import patronus
+    from ..._optional import need
     from ..diagnosis import plant as plant_in
 
     name = preset or (data if data in patronus.PRESETS else "cpu")
@@ -107,7 +108,9 @@ def train(
     )
     first = None if start is None else patronus.Patronus.from_pretrained(start)
     config = config if first is None else first.config
-    images: Any = patronus.Images(config, source, cache=True, progress=progress)
+    state = need("accelerate", "patronus").PartialState(cpu=device is not None and torch.device(device).type == "cpu")
+    with state.main_process_first():  # the others find its file
+        images: Any = patronus.Images(config, source, cache=True, progress=progress and state.is_main_process)
     if plant is not None:
         target = _class(source, str(plant_class))
         about["plant"] = {"attribute": plant, "target": target, "rate": plant_rate}
@@ -134,6 +137,8 @@ def train(
         device=device,
         progress=progress,
     )
+    if not state.is_main_process:
+        return
     count = sum(weight.numel() for weight in model.parameters())
     typer.echo(f"{count / 1e6:.2f} M weights, {config.num_prototypes} prototypes: {folder.resolve()}")
     typer.echo(f"Look into it: protofast patronus report {folder}")
