@@ -154,7 +154,8 @@ def test_config_says_what_does_not_fit(change, words):
     "change",
     [
         {"updates": 0}, {"batch": 0}, {"lr": 0.0}, {"lr": float("nan")}, {"warmup": 1.0}, {"ema": 1.0},
-        {"distinct": -1.0}, {"margin": float("inf")}, {"decay": "linear"}, {"initialize": "zeros"},
+        {"distinct": -1.0}, {"margin": 0.0, "distinct": 1.0}, {"margin": float("inf")},
+        {"decay": "linear"}, {"initialize": "zeros"},
     ],
     ids=lambda change: next(iter(change)),
 )  # fmt: skip

@@ -103,7 +103,8 @@ class Patronus(nn.Module):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; give at least 1")
         check_images(self.config, images)
-        parts = [self.encode(part.to(self.device), return_all=True) for part in images.split(batch_size)]
+        like = self.prototypes.prototype_vectors
+        parts = [self.encode(part.to(like), return_all=True) for part in images.split(batch_size)]
         found = PrototypeActivation(*(torch.cat(columns).to(images.device) for columns in zip(*parts, strict=True)))
         return found if return_all else found.activation
 
@@ -147,8 +148,8 @@ class Patronus(nn.Module):
 class Denoiser(nn.Module):
     """diffusers' UNet2DModel, with an embedding of the activations added to that of the timestep.
 
-    The paper's blocks add W_t·SiLU(e_t) and W_c·SiLU(e_c), two linear maps; this one adds W·SiLU(e_t + e_c). At equal
-    updates on Fashion-MNIST the two agree within noise (docs/patronus.md), so the library's network is used.
+    The paper's blocks add W_t·SiLU(e_t) + W_c·SiLU(e_c), two linear maps; this one adds W·SiLU(e_t + e_c).
+    benchmarks/patronus_denoiser.py compares the two at equal updates.
     """
 
     def __init__(self, config: PatronusConfig) -> None:

@@ -26,7 +26,7 @@ from ..diffusion import normal_noise, sample
 from ..nn import distinct_loss
 from .config import PatronusConfig, TrainingConfig
 from .images import Images
-from .model import WEIGHTS, Patronus, check_images, read_config
+from .model import CONFIG, Patronus, check_images, read_config
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
@@ -54,8 +54,8 @@ def train(
 ) -> Patronus:
     """Trains a model. Under ``torchrun`` or ``accelerate launch`` all processes train one model together.
 
-    An update takes the gradient of E‖prediction − target‖² + `distinct`·L_distinct at uniform timesteps, the target
-    being ``config.prediction_type``. What is random in update k is drawn by counter from (seed, k), so that the same
+    An update takes the gradient of E‖prediction − target‖² + `distinct`·L_distinct, the target being
+    ``config.prediction_type``. What is random in update k is drawn by counter from (seed, k), so that the same
     call gives the same weights whether it was killed on the way or not, on the same machine with the same number of
     threads and processes; another number of processes or `accumulate` changes only how sums round, and dropout.
 
@@ -75,7 +75,7 @@ def train(
     accumulate : int, default 1
         Parts in which the images of an update go through the model, one after another, to save memory.
     compile : bool, default False
-        ``torch.compile`` of the denoiser: a minute at the start, 1.2 to 1.4 times the speed after it (CPU).
+        ``torch.compile`` of the denoiser: a minute or so at the start, and faster updates after it.
     start : Patronus, optional
         A trained model to go on from, such as with the distinct loss, in place of fresh weights.
     sample_every : int, optional
@@ -85,7 +85,7 @@ def train(
     about : mapping, optional
         What is to be known of the model, as JSON: into its config file.
     device : device, optional
-        By default what accelerate finds.
+        "cpu" or "cuda"; by default what accelerate finds. Which GPU is CUDA_VISIBLE_DEVICES' affair.
     progress : bool, default False
         A bar with images a second and the share of the time that the prototype layer took.
 
@@ -123,7 +123,11 @@ def train(
     if start is not None and start.config != config:
         raise ValueError("start is a model of another config; give its config, start.config")
     accelerate = need("accelerate", "patronus")
-    accelerator = accelerate.Accelerator(cpu=device is not None and torch.device(device).type == "cpu")
+    wanted = None if device is None else torch.device(device)
+    # "no" whatever the environment says: mixed precision is the objective's own, and keeps out of the encoder.
+    accelerator = accelerate.Accelerator(cpu=wanted is not None and wanted.type == "cpu", mixed_precision="no")
+    if wanted is not None and wanted.type != accelerator.device.type:
+        raise ValueError(f"device is {device!r}; there is only {accelerator.device.type!r} here")
     parts = accumulate * accelerator.num_processes
     if accumulate < 1 or settings.batch % parts:
         raise ValueError(
@@ -141,12 +145,12 @@ def train(
         "start": None if start is None else digest(start.prototypes.prototype_vectors),
     }
     if folder is not None and (done := _complete(folder, made_by)) is not None:
-        return done
+        return done.to(accelerator.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Patronus(config) if start is None else copy.deepcopy(start).requires_grad_(True)
     if start is None and settings.initialize != "uniform":
-        _initialize(model, taker, len(images), settings, seed)
+        initialize(model, taker, len(images), settings, seed)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     run = _Run(model, settings, accelerator, precision, seed, compile)
     if folder is not None:
@@ -229,7 +233,6 @@ class _Run:
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
         self.share = _Share(model.prototypes, accelerator.device)
-        # Mixed precision is the objective's own: accelerate's would reach the encoder, too.
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=precision == "fp16")
         self.objective = accelerator.prepare(_Objective(model, settings, precision, compile))
 
@@ -243,9 +246,7 @@ class _Run:
             group["lr"] = lr * group["share"]
         draws = np.random.default_rng([self.seed, self.done])
         rows = draws.integers(count, size=settings.batch)
-        high = draws.random(settings.batch) ** settings.timestep_power * self.model.config.timesteps
-        timesteps = torch.from_numpy(high.astype(np.int64).clip(max=self.model.config.timesteps - 1))
-        mirrored = torch.from_numpy(draws.random(settings.batch) < 0.5)
+        timesteps = torch.from_numpy(draws.integers(self.model.config.timesteps, size=settings.batch))
         number = int(draws.integers(1 << 62))
         size = settings.batch // (accumulate * accelerator.num_processes)
         total = torch.zeros(2, device=accelerator.device)
@@ -255,8 +256,6 @@ class _Run:
             first = (accelerator.process_index * accumulate + part) * size
             mine = slice(first, first + size)
             images = take(rows[mine])
-            if settings.flip:
-                images = torch.where(mirrored[mine].reshape(-1, 1, 1, 1), images.flip(-1), images)
             images = images.to(accelerator.device, memory_format=torch.channels_last)
             noise = normal_noise(images, (number, first))
             torch.manual_seed(number ^ first)  # dropout
@@ -409,9 +408,7 @@ def _rate(settings: TrainingConfig, done: int) -> float:
 
 
 @torch.no_grad()
-def _initialize(
-    model: Patronus, take: Callable[[Any], Tensor], count: int, settings: TrainingConfig, seed: int
-) -> None:
+def initialize(model: Patronus, take: Callable[[Any], Tensor], count: int, settings: TrainingConfig, seed: int) -> None:
     """Prototypes from patches of up to 256 images, at distances where the log activation has a slope."""
     rows = np.random.default_rng([seed, 0]).permutation(count)[:256]
     features = model.encoder(take(rows))
@@ -430,7 +427,7 @@ def _initialize(
 
 def _complete(folder: Path, made_by: Mapping[str, Any]) -> Patronus | None:
     """The model of a folder where training is complete, if it is of these settings."""
-    if not (folder / WEIGHTS).exists():
+    if not (folder / CONFIG).exists():  # which is written last
         return None
     about = read_config(folder).get("about", {})
     if about.get("made_by") != json.loads(json.dumps(made_by)):

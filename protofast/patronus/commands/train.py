@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from ...data import Dataset
-
-from .common import Device, Progress, Root, Seed, open_data
+from .common import NAMED, Device, Progress, Root, Seed, class_of, open_data
 
 Option = typer.Option
 
@@ -82,7 +79,6 @@ def train(
 
     from ... import patronus
     from ..._optional import need
-    from ..diagnosis import plant as plant_in
 
     name = preset or (data if data in patronus.PRESETS else "cpu")
     if name not in patronus.PRESETS:
@@ -90,16 +86,20 @@ def train(
     if plant is not None and plant_class is None:
         raise typer.BadParameter("give the class that the attribute goes with", param_hint="--plant-class")
     folder = out or Path("runs") / f"patronus-{Path(data).stem}"
-    about: dict[str, Any] = {"data": data, "preset": name}
+    if start is not None and (image_size is not None or prototypes is not None):
+        raise typer.BadParameter(
+            "--start gives the sizes; leave --image-size and --prototypes out", param_hint="--start"
+        )
+    about: dict[str, Any] = {"preset": name, "seed": seed}
+    about["data"] = data if data in NAMED else str(Path(data).resolve())
     if root is not None:
         about["root"] = str(root.resolve())
-    source = open_data({}, data, root, split="train")
     config = patronus.PRESETS[name]
-    size = config.image_shape[1:] if image_size is None else (image_size, image_size)
-    channels = config.image_shape[0]
-    if name == "cpu":
-        channels = 3 if plant == "colour" else source.image_shape[0]
-    config = dataclasses.replace(config, image_shape=(channels, *size))
+    if image_size is not None:
+        config = dataclasses.replace(config, image_shape=(config.image_shape[0], image_size, image_size))
+    source = open_data(about, None, None, config, split="train")
+    channels = 3 if plant == "colour" else source.image_shape[0] if name == "cpu" else config.image_shape[0]
+    config = dataclasses.replace(config, image_shape=(channels, *config.image_shape[1:]))
     if prototypes is not None:
         config = dataclasses.replace(config, num_prototypes=prototypes)
     given: dict[str, Any] = {"updates": updates, "batch": batch, "lr": lr, "distinct": distinct, "margin": margin}
@@ -108,21 +108,13 @@ def train(
     )
     first = None if start is None else patronus.Patronus.from_pretrained(start)
     config = config if first is None else first.config
+    if plant is not None:
+        target = class_of(source, str(plant_class), "--plant-class")
+        about["plant"] = {"attribute": plant, "target": target, "rate": plant_rate}
+        source = open_data(about, None, None, config, split="train")
     state = need("accelerate", "patronus").PartialState(cpu=device is not None and torch.device(device).type == "cpu")
     with state.main_process_first():  # the others find its file
-        images: Any = patronus.Images(config, source, cache=True, progress=progress and state.is_main_process)
-    if plant is not None:
-        target = _class(source, str(plant_class))
-        about["plant"] = {"attribute": plant, "target": target, "rate": plant_rate}
-        draws = torch.Generator().manual_seed(seed)
-        images = plant_in(
-            images.take(slice(None)),
-            torch.as_tensor(source.labels),
-            attribute=plant,
-            target=target,
-            rate=plant_rate,
-            generator=draws,
-        ).images
+        images = patronus.Images(config, source, cache=True, progress=progress and state.is_main_process)
     model = patronus.train(
         config,
         images,
@@ -142,15 +134,3 @@ def train(
     count = sum(weight.numel() for weight in model.parameters())
     typer.echo(f"{count / 1e6:.2f} M weights, {config.num_prototypes} prototypes: {folder.resolve()}")
     typer.echo(f"Look into it: protofast patronus report {folder}")
-
-
-def _class(source: Dataset, wanted: str) -> int:
-    """The number of a class that is given by number or name."""
-    if source.labels is None:
-        raise ValueError(f"{source.source} has no labels; --plant needs classes")
-    if source.names is not None and wanted in source.names:
-        return source.names.index(wanted)
-    known = source.names or tuple(map(str, sorted(set(source.labels.tolist()))))
-    if not wanted.isdigit() or int(wanted) not in source.labels:
-        raise ValueError(f"--plant-class is {wanted!r}; choose one of {', '.join(known)}, or its number")
-    return int(wanted)
