@@ -436,7 +436,7 @@ def test_the_command_on_named_attributes(run_folder, tmp_path, monkeypatch):
     [
         (["--attribute", "odd=1,3"], "give two"),
         (["--attribute", "odd=1", "--attribute", "even"], "not NAME=CLASS"),
-        (["--attribute", "odd=1", "--attribute", "even=two"], "class 'two' is none"),
+        (["--attribute", "odd=1", "--attribute", "even=two"], "--attribute is 'two'"),
         (["--attribute", "a=1", "--attribute", "b=2"], "too few images of a combination"),
     ],
 )

@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 import protofast as pf
 from protofast import cli
+from protofast._files import digest
 from protofast.patronus import Patronus, PatronusConfig
 from protofast.patronus.evaluation import (
     Classifier,
@@ -471,7 +472,8 @@ def test_the_command_on_a_tiny_model(run_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("pooch.os_cache", lambda name: tmp_path / "cache")
     from protofast.patronus.latent import LatentModel
 
-    LatentModel(TINY.num_prototypes).save_pretrained(run_folder)
+    model = Patronus.from_pretrained(run_folder)
+    LatentModel(TINY.num_prototypes).save_pretrained(run_folder, prototypes=digest(model.prototypes.prototype_vectors))
     done = evaluated(run_folder, "--out", tmp_path / "out")
     assert done.exit_code == 0, done.output
     files = {"conditional.png", "unconditional.png", "prototypes.png", "classifier.safetensors", "result.json"}
@@ -483,9 +485,8 @@ def test_the_command_on_a_tiny_model(run_folder, tmp_path, monkeypatch):
 
     # The same by hand.
     train, test = (pf.data.load("digits", split=split) for split in ("train", "test"))
-    model = Patronus.from_pretrained(run_folder)
-    images = pf.patronus.images_of(TINY, train.subset(range(300)))
-    labels = torch.from_numpy(train.labels[:300])
+    part = train.subset(torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:300].sort().values)
+    images, labels = pf.patronus.images_of(TINY, part), torch.from_numpy(part.labels)
     scores = probe(model.activations(images), labels)
     assert numbers["probe"]["activations"]["accuracy"]["each"] == scores.accuracy.tolist()
     assert numbers["probe"]["pca"]["auroc"]["mean"] == pytest.approx(probe(images, labels, components=5).auroc.mean())
@@ -503,11 +504,13 @@ def test_the_command_on_a_tiny_model(run_folder, tmp_path, monkeypatch):
     assert numbers["distance"]["conditional"]["mean"] > numbers["distance"]["floor"]["mean"]
 
     # The classifier of one evaluation judges the next, and nothing is trained; without a latent model there is none.
-    (run_folder / "latent.safetensors").unlink()
+    LatentModel(TINY.num_prototypes).save_pretrained(run_folder, prototypes="of another model")
     judged = tmp_path / "out" / "classifier.safetensors"
     again = evaluated(run_folder, "--out", tmp_path / "again", "--classifier", judged)
     assert again.exit_code == 0, again.output
-    second = json.loads((tmp_path / "again" / "result.json").read_text())["numbers"]
+    result = json.loads((tmp_path / "again" / "result.json").read_text())
+    assert any("latent" in finding for finding in result["findings"])
+    second = result["numbers"]
     assert "unconditional" not in second["distance"]
     assert second["distance"]["conditional"] == numbers["distance"]["conditional"]
     assert second["agreement"] == numbers["agreement"]
@@ -518,14 +521,3 @@ def test_the_command_without_labels(run_folder, tmp_path):
     done = evaluated(run_folder, "--data", tmp_path / "images.npy", "--out", tmp_path / "out")
     assert "has no labels" in done.output
     assert not (tmp_path / "out").exists()
-
-
-def test_the_command_holds_a_tenth_of_other_data_out(tmp_path):
-    from protofast.patronus.commands.evaluate import _parts
-
-    images, _ = stripes(50)
-    np.save(tmp_path / "x.npy", (images[:, 0].numpy() + 1) / 2)
-    train, test = _parts({"data": str(tmp_path / "x.npy")}, None, None, 0)
-    assert (len(train), len(test)) == (45, 5)
-    rows = {row.numpy().tobytes() for part in (train, test) for row in part.take(slice(None))}
-    assert len(rows) == 50

@@ -238,6 +238,9 @@ def test_strengths():
         assert np.allclose(strengths(activations, q).numpy(), wanted, rtol=1e-6)
     assert torch.equal(strengths(activations), strengths(activations, 0.99))
     assert torch.equal(strengths(activations, globally=True), activations.max().expand(7))
+    half = strengths(activations.bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert torch.allclose(half.float(), strengths(activations), rtol=0.02)
     many = torch.zeros(2**24 + 3, 1)  # more than torch.quantile takes
     many[-1] = 1
     assert strengths(many, 1.0).item() == 1
@@ -373,7 +376,7 @@ def test_the_command_makes_pictures_and_numbers(app, trained, tmp_path):
 
 
 def test_images_without_labels(app, trained, tmp_path):
-    np.save(tmp_path / "x.npy", np.random.default_rng(0).random((5, 1, 16, 16), np.float32))
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).random((50, 1, 16, 16), np.float32))
     result = run(app, trained, *QUICK, "--data", tmp_path / "x.npy", "--images", 3, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
 

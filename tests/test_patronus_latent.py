@@ -434,6 +434,22 @@ def test_unconditional_images_are_ddim_of_drawn_activations():
     assert torch.equal(renoised.activations, latent.sample(6, num_steps=5, sampler="renoise", seed=7))
 
 
+def test_images_are_not_made_in_training_mode_and_may_be_double():
+    with pytest.raises(ValueError, match=r"call model\.eval\(\)"):
+        decode(patronus().train(), torch.zeros(2, 5))
+    assert decode(patronus().double(), torch.zeros(2, 5), num_steps=2).dtype == torch.float64
+
+
+def test_a_latent_model_of_other_prototypes_is_trained_again(tmp_path):
+    first, steps = torch.zeros(5, 3), []
+    for prototypes, made in ((first, 12), (first, 0), (first + 1, 12)):
+        steps.clear()
+        train_latent(vectors(), **ROOM, folder=tmp_path, prototypes=prototypes, progress=lambda *at: steps.append(at))
+        assert len(steps) == made
+        kept = json.loads((tmp_path / module.CONFIG).read_text())["about"]["prototypes"]
+        assert kept == pf._files.digest(prototypes)
+
+
 # The command
 
 

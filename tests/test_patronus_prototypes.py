@@ -245,9 +245,9 @@ def named(activations, labels=None, names=None, index=None):
 
 def test_names_by_class():
     generator = np.random.default_rng(0)
-    labels = generator.integers(0, 8, 20000)
-    names = ["coat", "bag", "boot", "dress", "shirt", "hat", "cap", "belt"]
-    groups = [[1], [0, 4], [5, 2, 3], [0, 1, 2, 3, 4, 6], [0, 1, 2, 3, 4, 6, 7], []]
+    labels = generator.integers(0, 9, 20000)
+    names = ["coat", "bag", "boot", "dress", "shirt", "hat", "cap", "belt", "tie"]
+    groups = [[1], [0, 4], [5, 2, 3], [0, 1, 2, 3, 4, 6, 8], [0, 1, 2, 3, 4, 6, 7, 8], []]
     noise = generator.normal(size=(20000, len(groups)))
     activations = noise + np.stack([3.5 * np.isin(labels, group) for group in groups], 1)
     found = named(activations, labels, names)
@@ -281,7 +281,7 @@ def test_a_peak_gives_the_name_and_all_images_the_auroc():
 
 
 def test_three_quarters_of_the_top_images_make_a_name():
-    labels = np.concatenate([np.repeat([0, 1], [15, 5]), np.arange(200) % 5])
+    labels = np.concatenate([np.repeat([0, 1], [15, 5]), np.arange(200) % 6])
     activations = np.r_[np.full(20, 2.0), np.random.default_rng(0).random(200)][:, None]
     assert named(activations, labels)[0].what == "0"
     labels[14] = 1
@@ -290,17 +290,17 @@ def test_three_quarters_of_the_top_images_make_a_name():
 
 def test_frequent_classes_do_not_stand_out():
     # Of the top images half are of class 1, which is rare; and the other half, of class 0, are fewer than anywhere.
-    labels = np.concatenate([np.repeat([0, 1], [10, 10]), np.repeat([0, 1, 2], [160, 10, 10])])
-    activations = np.r_[np.full(20, 2.0), np.random.default_rng(0).random(180)][:, None]
+    labels = np.concatenate([np.repeat([0, 1], [10, 10]), np.repeat(range(6), [160, 10, 10, 10, 10, 10])])
+    activations = np.r_[np.full(20, 2.0), np.random.default_rng(0).random(210)][:, None]
     labels[:20:2] = 2
     labels[1:20:2] = 1
     assert named(activations, labels)[0].what == "1 or 2"
 
 
 def test_ties_count_half():
-    activations = [[1.0], [1.0], [2.0], [2.0], [1.0], [3.0]] * 10
-    activations += [[5.0]] * 20
-    labels = [0, 0, 0, 1, 1, 1] * 10 + [1] * 20
+    activations = [[1.0], [1.0], [2.0], [2.0], [1.0], [3.0]] * 100
+    activations += [[5.0]] * 200
+    labels = [0, 0, 0, 1, 1, 1] * 100 + [1] * 200
     (name,) = named(activations, labels)
     assert name.what == "1"
     assert name.auroc == pytest.approx(roc_auc_score(labels, np.ravel(activations)), abs=1e-12)
@@ -319,6 +319,37 @@ def test_fewer_classes_make_the_better_name():
     labels[4:12000:6] = 4
     low = np.where(labels == 5, -5, 0) + np.where(labels == 4, -4.7, 0)
     assert named((noise + low)[:, None], labels)[0].what == "not 4 or 5"
+
+
+@pytest.mark.parametrize("images", [600, 10000])
+@pytest.mark.parametrize("shares", [[1] * 3, [1] * 4, [1] * 5, [1] * 10, [8, 1, 1]])
+def test_chance_names_nothing_and_classes_do(shares, images):
+    generator = np.random.default_rng(4)
+    labels = generator.choice(len(shares), images, p=np.array(shares) / sum(shares))
+    noise = generator.random((images, 30))
+    assert [name.what for name in named(noise, labels)] == [""] * 30
+    tied = np.arange(30) % len(shares)
+    if images == 600 and shares == [8, 1, 1]:  # 20 of 20 of the large class say little
+        tied[tied == 0] = 1
+    found = named(noise + (labels[:, None] == tied), labels)
+    assert [name.classes for name in found] == [(number,) for number in tied]
+    assert all(name.active for name in found)
+
+
+def test_chance_names_no_attribute():
+    generator = np.random.default_rng(5)
+    attributes = generator.random((2000, 40)) < 0.5
+    assert [name.what for name in named(generator.random((2000, 30)), attributes)] == [""] * 30
+
+
+def test_images_of_another_dtype(model, images):
+    twin = Patronus(CONFIG).double().eval()
+    twin.load_state_dict(model.state_dict())
+    near, other = prototypes.nearest_patches(twin, images, 2), prototypes.nearest_patches(model, images, 2)
+    assert near.activation.dtype == torch.float64
+    torch.testing.assert_close(near.activation.float(), other.activation, atol=1e-4, rtol=1e-4)
+    assert prototypes.heat_maps(twin, images[:2], [0, 1]).shape == (2, 16, 16, 3)
+    assert prototypes.amplify(twin, images[:2], torch.ones(5), num_steps=2).feature.dtype == torch.float64
 
 
 def test_names_by_attribute():
@@ -343,7 +374,7 @@ def test_a_class_that_is_missing_or_alone_is_passed_over():
     activations = torch.rand(20, 1)
     assert named(activations, [1] * 20, ["a", "b", "c"])[0].what == ""
     assert named(activations, np.ones((20, 1), int), ["a"])[0].what == ""
-    (name,) = named(torch.arange(20.0)[:, None], [0] * 10 + [2] * 10, ["a", "b", "c"])
+    (name,) = named(torch.arange(400.0)[:, None], [0] * 200 + [2] * 200, ["a", "b", "c"])
     assert name.what == "c"
 
 
@@ -459,7 +490,7 @@ def test_command(run):
 
 def test_command_without_labels_and_in_colour(tmp_path):
     config = PatronusConfig((3, 16, 16), num_prototypes=3, width=8, multipliers=(1, 2), layers=1, groups=4)
-    np.save(tmp_path / "images.npy", np.random.default_rng(0).random((8, 3, 20, 16), np.float32))
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).random((200, 3, 20, 16), np.float32))
     Patronus(config).save_pretrained(tmp_path / "run", data=str(tmp_path / "images.npy"))
     done = call(tmp_path / "run", "--images", 2, "--steps", 1, "--nearest", 1, "--globally", "--no-progress")
     assert done.exit_code == 0, done.output
@@ -470,7 +501,7 @@ def test_command_without_labels_and_in_colour(tmp_path):
 
 
 def test_command_with_attributes(run, monkeypatch):
-    digits = pf.data.load("digits", split="test")
+    digits = pf.data.load("digits", split="all")
     attributes = np.stack([digits.labels == 1, digits.labels % 2 == 1], 1)
     data = pf.data.Dataset(digits.images, attributes=attributes, attribute_names=["one", "odd"], source="rounds")
     module = importlib.import_module("protofast.patronus.commands.prototypes")

@@ -132,10 +132,7 @@ class PatronusConfig:
         ValueError
             For names that are none of a config.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(values.keys() - known):
-            raise ValueError(f"config has {', '.join(map(repr, unknown))}; it may have {', '.join(sorted(known))}")
-        return cls(**values)
+        return cls(**_known(cls, values))
 
 
 @dataclass(frozen=True)
@@ -207,6 +204,18 @@ class TrainingConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainingConfig:
+        """The config of a dict that `to_dict` made; raises ValueError for names that are none of it."""
+        return cls(**_known(cls, values))
+
+
+def _known(kind: type, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    known = {field.name for field in dataclasses.fields(kind)}
+    if unknown := sorted(values.keys() - known):
+        raise ValueError(f"config has {', '.join(map(repr, unknown))}; it may have {', '.join(sorted(known))}")
+    return values
 
 
 def _paper(shape: Sequence[int], **settings: Any) -> PatronusConfig:

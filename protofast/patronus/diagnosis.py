@@ -386,6 +386,10 @@ class Effect(NamedTuple):
         Prototypes turned up for comparison.
     control : float64 Tensor of shape (J, m)
         Change of the other attribute by each of them.
+    moved : float
+        Mean absolute change of a pixel by the prototype, as a share of black to white.
+    control_moved : float64 Tensor of shape (J,)
+        The same by each control: one that hardly changes an image is a weak control.
     low : float
         Lower bound of mean(other) beyond the control that changes it most, paired by images.
     """
@@ -395,6 +399,8 @@ class Effect(NamedTuple):
     other: Tensor
     controls: tuple[int, ...]
     control: Tensor
+    moved: float
+    control_moved: Tensor
     low: float
 
     @property
@@ -448,11 +454,11 @@ def intervene(
     """Turns up the prototype of one attribute in images that lack both, and measures the other attribute.
 
     Every image is drawn from noise with its own activations, and from the same noise with one of them changed. Any
-    change may move a detector, so the control level is what other prototypes do to the same images: those that tell
-    least of both attributes, with the attributes balanced. An effect is flagged if the measured attribute rises by
-    `LEAST` or more on average, and by more than under every control; the latter by the lower bound of a bootstrap
-    interval over images, paired, of `level` for both directions together. If the prototype were one like J controls,
-    it would come out above all of them with probability 1/(J + 1).
+    change may move a detector, so the control level is what other prototypes do to the same images: of those whose
+    activations vary, the ones that tell least of both attributes, with the attributes balanced. An effect is flagged if
+    the measured attribute rises by `LEAST` or more on average, and by more than under every control; the latter by the
+    lower bound of a bootstrap interval over images, paired, of `level` for both directions together. If the prototype
+    were one like J controls, it would come out above all of them with probability 1/(J + 1).
 
     Parameters
     ----------
@@ -494,13 +500,16 @@ def intervene(
     # Of each prototype what it tells of the attributes, with both balanced, as a share of what the best one tells.
     told = (association.balanced_auroc - 0.5).abs()
     told = (told / told.amax(1, keepdim=True)).nan_to_num().amax(0)
+    high, low = (generate.strengths(activations, q) for q in (quantile, 1 - quantile))
+    told[(high <= low).to(told.device)] = torch.inf  # it cannot be turned up
     told[list(association.prototypes)] = torch.inf
+    if not told.isfinite().any():
+        raise ValueError("activations of no prototype but the attributes' own vary, so there is no control to compare")
     count = min(controls, model.config.num_prototypes // 2, int(told.isfinite().sum()))
     compared = tuple(told.argsort(stable=True)[:count].tolist())
     changed = [*dict.fromkeys([*association.prototypes, *compared])]
     # Controls are turned up; the attributes' own the way that tells the attribute.
     ways = dict(zip(association.prototypes, association.signs, strict=True))
-    high, low = (generate.strengths(activations, q) for q in (quantile, 1 - quantile))
 
     if inverted:
         codes = generate.invert(model, images, num_steps, batch_size=batch_size, progress=progress)
@@ -521,14 +530,17 @@ def intervene(
     seen = [detector(drawn).cpu().double().unflatten(0, (1 + len(changed), len(images))) for detector in detectors]
     change = [values[1:] - values[0] for values in seen]
     where = {j: place for place, j in enumerate(changed)}
+    made = drawn.unflatten(0, (1 + len(changed), len(images)))
+    moved = torch.stack([(after - made[0]).abs().mean() / 2 for after in made[1:]]).cpu().double()
     effects = []
     for k, j in enumerate(association.prototypes):
-        control = change[1 - k][[where[c] for c in compared]]
+        rows_of = [where[c] for c in compared]
+        control = change[1 - k][rows_of]
         other = change[1 - k][where[j]]
         beyond = other - control[control.mean(1).argmax()]
         bound = _lower(beyond.numpy(), (1 - level) / 2, seed)
-        effects.append(Effect(j, change[k][where[j]], other, compared, control, bound))
-    made = drawn.unflatten(0, (1 + len(changed), len(images)))
+        strength = moved[where[j]].item()
+        effects.append(Effect(j, change[k][where[j]], other, compared, control, strength, moved[rows_of], bound))
     first, second = (made[1 + where[j]] for j in association.prototypes)
     return Intervention((effects[0], effects[1]), made[0], (first, second))
 

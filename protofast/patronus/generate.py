@@ -78,7 +78,9 @@ def strengths(activations: Tensor, quantile: float = 0.99, globally: bool = Fals
         raise ValueError(f"quantile is {quantile}; give a number from 0 to 1")
     if globally:
         return activations.max().expand(activations.shape[1]).clone()
-    found = np.quantile(activations.detach().cpu().numpy(), quantile, axis=0)  # torch.quantile ends at 16M values
+    values = activations.detach().cpu()
+    values = values.float() if values.itemsize < 4 else values  # numpy has no bfloat16
+    found = np.quantile(values.numpy(), quantile, axis=0)  # torch.quantile ends at 16M values
     return torch.from_numpy(found).to(activations)
 
 

@@ -34,8 +34,9 @@ from .._optional import need
 from ..data import Dataset
 from ..ddim import DDIMSchedule, ddim_step
 from ..diffusion import add_noise, normal_noise, sample, timesteps
+from .generate import sample as sample_images
 from .images import images_of
-from .model import Patronus, check_activations
+from .model import Patronus
 
 WEIGHTS = "latent.safetensors"
 CONFIG = "latent.json"
@@ -320,6 +321,7 @@ def train_latent(
     seed: int = 0,
     device: torch.device | str | None = None,
     folder: str | os.PathLike[str] | None = None,
+    prototypes: Tensor | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LatentModel:
     """Trains a latent model: mean squared error of v, AdamW, an average of the weights.
@@ -344,6 +346,9 @@ def train_latent(
         Where the model is kept, that of the Patronus model. If it is there already, of the same activations and
         settings, it is read. A call that was killed is taken up by the next one where it was ten seconds before, and
         ends with the same weights on the same machine with the same number of threads.
+    prototypes : Tensor, optional
+        The prototype vectors of the model that the activations are of. Their digest goes into `latent.json`, and a
+        model of others that is in `folder` is not taken.
     progress : callable, optional
         Called as ``progress(done, total)`` with numbers of updates.
 
@@ -388,6 +393,8 @@ def train_latent(
         raise ValueError(f"ema is {ema}; give a number from 0 to below 1")
     device = activations.device if device is None else torch.device(device)
     about = {"activations": digest(activations), "training": settings}
+    if prototypes is not None:
+        about["prototypes"] = digest(prototypes)
     if folder is not None and (found := _kept(Path(folder), config, about)) is not None:
         return found.to(device)
 
@@ -513,7 +520,7 @@ def sample_unconditional(
     Returns
     -------
     Unconditional
-        float32, on the model's device.
+        On the model's device.
 
     Raises
     ------
@@ -549,19 +556,8 @@ def decode(
     progress: bool = False,
 ) -> Tensor:
     """Images of activations (n, M), by DDIM from noise that `seed` draws: (n, C, H, W) in [−1, 1]."""
-    check_activations(model.config, activations)
-    noise = torch.empty(len(activations), *model.config.image_shape, device=model.device)
-    images = sample(
-        model,
-        normal_noise(noise, (seed, IMAGE_NOISE)),
-        model.schedule,
-        num_steps,
-        prediction_type=model.config.prediction_type,
-        cond={"activations": activations.to(model.device)},
-        batch_size=batch_size,
-        progress=progress,
-    )
-    return images.clamp_(-1, 1)
+    counted = (seed, IMAGE_NOISE)
+    return sample_images(model, activations, num_steps, seed=counted, batch_size=batch_size, progress=progress)
 
 
 class LatentQuality(NamedTuple):

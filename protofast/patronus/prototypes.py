@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from .._optional import need
 from ..nn import ReceptiveField, heat_map, project, receptive_field
 from ..prototype import PrototypeActivation
+from .evaluation import auroc
 from .generate import check_prototypes, invert, sample
 from .model import Patronus, check_activations, check_images
 
@@ -123,7 +125,8 @@ def nearest_patches(
         raise ValueError(f"k is {k}; give 1 to {len(images)}, the number of images")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; give at least 1")
-    found = project(model.prototypes, model.encoder, images.split(batch_size), best=k, push=False, progress=progress)
+    parts = (part.to(model.prototypes.prototype_vectors) for part in images.split(batch_size))
+    found = project(model.prototypes, model.encoder, parts, best=k, push=False, progress=progress)
     activation = ((found.distance + 1) / (found.distance + model.config.eps)).log()  # eq. 3
     return Patches(found.image, activation, field_of(model).boxes[found.patch], found.feature.flatten(2))
 
@@ -214,7 +217,7 @@ def _seen(model: Patronus, images: Tensor, batch_size: int) -> tuple[Tensor, Ten
     columns: list[tuple[Tensor, ...]] = []
     for part in images.split(batch_size):
         with torch.autocast(model.device.type, enabled=False):
-            features = model.encoder(part.to(model.device))
+            features = model.encoder(part.to(model.prototypes.prototype_vectors))
             found = model.prototypes(features, return_all=True)
         there = found.index[:, None].expand(-1, features.shape[1], -1)
         columns.append((found.activation, found.index, features.flatten(2).gather(2, there).transpose(1, 2)))
@@ -316,7 +319,7 @@ def heat_maps(
             raise ValueError(f"{name} has {len(values)} entries; give one for each of the {len(images)} images")
     if enlarge < 1:
         raise ValueError(f"enlarge is {enlarge}; give at least 1")
-    features = model.encoder(images.to(model.device))
+    features = model.encoder(images.to(model.prototypes.prototype_vectors))
     shown = ((images + 1) / 2).repeat_interleave(enlarge, -2).repeat_interleave(enlarge, -1)
     pictures = [
         heat_map(shown[row], model.prototypes, features[row], prototype, limits=limits[row] if limits else None)
@@ -328,6 +331,9 @@ def heat_maps(
 _TOP = 0.01
 """Share of the images, the most active ones, that a name is made from; at least 20, or a tenth of few images."""
 _MOST_CLASSES = 3
+"""Of a name; and no more than a third of the classes, that it says something."""
+_CHANCE = 1e-3
+"""Probability with which a share so far from that in all images gives one of the names by chance."""
 _COVER = 0.75
 """Share of them that the classes of a name hold."""
 _NOT = 0.75
@@ -343,11 +349,13 @@ def name_prototypes(
 ) -> list[PrototypeName]:
     """A name for each prototype, from the images that activate it most: 1 %, at least 20, or a tenth of few.
 
-    *Which*: of classes, the one, two or three that stand out among these images, where they hold three quarters of
-    them; else those that the prototype is not active in ("not Sandal"), where its activation tells them from the rest
-    with an AUROC of 0.75. Of attributes, which overlap, the one whose share among these images differs most from its
-    share in all ("no Smiling" where it is less), by half a standard deviation or more. Else nothing is named. The AUROC
-    is that of the activation over *all* images, so a prototype that only peaks in a class has a modest one.
+    *Which*: of classes, the one, two or three (at most a third of all) that stand out among these images, where they
+    hold three quarters of them, which chance would not (probability below 0.001 over all prototypes and choices of
+    classes); else those that the prototype is not active in ("not Sandal"), where its activation tells them from the
+    rest with an AUROC of 0.75. Of attributes, which overlap, the one whose share among these images differs most from
+    its share in all ("no Smiling" where it is less), by half a standard deviation or more, and not by chance. Else
+    nothing is named. The AUROC is that of the activation over *all* images, so a prototype that only peaks in a class
+    has a modest one.
 
     *Where*: the third of the image, down and across, that holds the middle of its patch in most of these images.
 
@@ -377,9 +385,9 @@ def name_prototypes(
     >>> import torch, protofast as pf
     >>> config = pf.patronus.PatronusConfig((1, 16, 16), num_prototypes=5, width=8, multipliers=(1, 2))
     >>> model = pf.patronus.Patronus(config)
-    >>> found = model.activations(torch.rand(20, 1, 16, 16), return_all=True)
-    >>> found.activation[:10, 2] += 5
-    >>> name = name_prototypes(found, field_of(model), [0] * 10 + [1] * 10, ["cat", "dog"])[2]
+    >>> found = model.activations(torch.rand(200, 1, 16, 16), return_all=True)
+    >>> found.activation[:100, 2] += 5
+    >>> name = name_prototypes(found, field_of(model), [0] * 100 + [1] * 100, ["cat", "dog"])[2]
     >>> name.what, name.auroc
     ('cat', 1.0)
     """
@@ -400,7 +408,7 @@ def name_prototypes(
     result = []
     for prototype, where in enumerate(_places(found.index.cpu().numpy(), top, field)):
         choose = _classes if exclusive else _attribute
-        place, active = choose(member[:, there], top[:, prototype], rank[:, prototype])
+        place, active = choose(member[:, there], top[:, prototype], rank[:, prototype], _CHANCE / activations.shape[1])
         chosen = tuple(sorted(there[place].tolist()))
         if not chosen:
             result.append(PrototypeName(f"prototype {prototype}, {where}", "", where, np.nan, np.nan, (), True))
@@ -439,9 +447,13 @@ def _members(labels: Any, names: Sequence[str] | None, images: int) -> tuple[np.
 
 
 def _auroc(inside: np.ndarray, rank: np.ndarray) -> float:
-    """Mann and Whitney's: of the images `inside` against the others."""
-    count = int(inside.sum())
-    return float((rank[inside].sum() - count * (count + 1) / 2) / (count * (len(rank) - count)))
+    return float(auroc(rank[:, None], inside[:, None])[0, 0])
+
+
+def _by_chance(inside: np.ndarray, top: np.ndarray, alternative: str) -> float:
+    """Probability of as many of them among as many images, drawn from all."""
+    test = need("scipy.stats", "patronus").binomtest
+    return float(test(int(inside[top].sum()), len(top), float(inside.mean()), alternative).pvalue)
 
 
 def _apart(member: np.ndarray, top: np.ndarray) -> np.ndarray:
@@ -450,16 +462,18 @@ def _apart(member: np.ndarray, top: np.ndarray) -> np.ndarray:
     return (member[top].mean(0) - share) / np.sqrt(share * (1 - share))
 
 
-def _classes(member: np.ndarray, top: np.ndarray, rank: np.ndarray) -> tuple[list[int], bool]:
+def _classes(member: np.ndarray, top: np.ndarray, rank: np.ndarray, chance: float) -> tuple[list[int], bool]:
     """Columns of a name, and whether the prototype is active in them."""
     count = member.shape[1]
     order = np.argsort(-_apart(member, top), kind="stable").tolist()
-    for length in range(1, min(_MOST_CLASSES, count - 1) + 1):
-        if member[top][:, order[:length]].any(1).mean() >= _COVER:
+    lengths = range(1, min(_MOST_CLASSES, max(1, count // 3), count - 1) + 1)
+    for length in lengths:
+        inside = member[:, order[:length]].sum(1) > 0
+        # They are the best of so many that could have been chosen.
+        if inside[top].mean() >= _COVER and _by_chance(inside, top, "greater") < chance / math.comb(count, length):
             return order[:length], True
     mean = (rank @ member) / member.sum(0)
     order = np.argsort(mean, kind="stable").tolist()
-    lengths = range(1, min(_MOST_CLASSES, count - 1) + 1)
     aurocs = [_auroc(member[:, order[:length]].sum(1) == 0, rank) for length in lengths]
     best = max(aurocs, default=0.0)
     if best < _NOT:
@@ -467,11 +481,13 @@ def _classes(member: np.ndarray, top: np.ndarray, rank: np.ndarray) -> tuple[lis
     return order[: next(n for n, auroc in zip(lengths, aurocs, strict=True) if auroc >= best - _AS_GOOD)], False
 
 
-def _attribute(member: np.ndarray, top: np.ndarray, rank: np.ndarray) -> tuple[list[int], bool]:
+def _attribute(member: np.ndarray, top: np.ndarray, rank: np.ndarray, chance: float) -> tuple[list[int], bool]:
     apart = _apart(member, top)
     if not len(apart) or np.abs(apart).max() < _APART:
         return [], True
     best = int(np.abs(apart).argmax())
+    if _by_chance(member[:, best], top, "two-sided") >= chance / len(apart):
+        return [], True
     return [best], bool(apart[best] > 0)
 
 

@@ -8,7 +8,23 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from .common import Data, Device, Out, Progress, Root, Run, Section, Seed, Steps, open_data, open_run, ready, tell
+from .common import (
+    Data,
+    Device,
+    Out,
+    Progress,
+    Root,
+    Run,
+    Section,
+    Seed,
+    Steps,
+    class_of,
+    open_data,
+    open_run,
+    ready,
+    tell,
+)
+from .evaluate import at_most, classifier_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,15 +35,15 @@ if TYPE_CHECKING:
 
 Option = typer.Option
 
-MOST = 60_000
-"""Images that a classifier is trained on."""
-
 
 def diagnose(
     run: Run,
     attribute: Annotated[
         list[str] | None,
-        Option(help="`NAME=CLASS,CLASS…`: an attribute, by the classes that have it. Give two; none for planted data."),
+        Option(
+            help="An attribute of the data by its name, or `NAME=CLASS,CLASS…` by the classes that have it. Give two; "
+            "none for planted data."
+        ),
     ] = None,
     data: Data = None,
     root: Root = None,
@@ -66,6 +82,10 @@ def diagnose(
     `protofast patronus diagnose runs/faces --attribute "smile=blond smiling,brown smiling" --attribute "blond=blond
     smiling,blond earnest"`
 
+    Of data with attributes (celeba, ffhq, chexpert), name two of them:
+
+    `protofast patronus diagnose runs/celeba --attribute Smiling --attribute Blond_Hair`
+
     Some minutes on two cores for a small model: the images are drawn once for each prototype compared.
 
     OUT gets `turned_up.png` (images before and after), `evidence.png` (activations, and effects beside those of the
@@ -77,9 +97,11 @@ def diagnose(
     from ..diagnosis import associate, intervene
 
     model, about = open_run(run, device)
-    source = open_data(about, data, root)
-    if source.labels is None:
-        raise ValueError(f"{source.source} has no labels, and without them no attribute is known; give other --data")
+    source = open_data(about, data, root, model.config, planted=False)
+    if source.labels is None and source.attributes is None:
+        raise ValueError(
+            f"{source.source} has no labels or attributes, so that none is known; give other --data with them"
+        )
     if attribute:
         case = _named(model.config, attribute, about, data, root, source, seed, device, progress)
     elif "plant" in about:
@@ -87,7 +109,7 @@ def diagnose(
     else:
         raise ValueError(
             "the model was not trained on data with a planted attribute (`protofast patronus train --plant`); name two "
-            'attributes by their classes, --attribute "NAME=CLASS,CLASS" twice'
+            'attributes by name or classes, --attribute NAME or --attribute "NAME=CLASS,CLASS" twice'
         )
     activations = model.activations(case.images, batch_size=batch_size)
     association = associate(activations, case.attributes, seed=seed)
@@ -158,17 +180,17 @@ def _planted(
     from ..images import images_of
 
     kind, rate = about["plant"]["attribute"], about["plant"]["rate"]
-    target = [_label(source, name) for name in _several(about["plant"]["target"])]
+    target = [class_of(source, name, "the planted class") for name in _several(about["plant"]["target"])]
     labels = torch.from_numpy(source.labels)
     planted = plant(
         *(images_of(config, source), labels),
         attribute=kind,
         target=target,
         rate=rate,
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator().manual_seed(about.get("seed", 0)),  # what other commands see
     )
     # The classifier has to see the class, marked or not: it learns from images marked whatever they are.
-    train = _at_most(open_data(about, data, root, split="train"), seed)
+    train = at_most(open_data(about, data, root, config, split="train", planted=False), seed)
     known = torch.from_numpy(train.labels)
     even = plant(
         *(images_of(config, train), known),
@@ -199,6 +221,7 @@ def _named(
     device: str | None,
     progress: bool,
 ) -> _Case:
+    import numpy as np
     import torch
 
     from ..diagnosis import balanced_rows
@@ -206,19 +229,31 @@ def _named(
 
     if len(attribute) != 2:
         raise typer.BadParameter(f"{len(attribute)} given; give two", param_hint="--attribute")
-    names, classes = [], []
+    names: list[str] = []
+    classes: dict[str, list[int]] = {}
     for text in attribute:
-        name, equals, listed = text.partition("=")
-        if not (name and equals and listed):
-            raise typer.BadParameter(f"{text!r} is not NAME=CLASS,CLASS", param_hint="--attribute")
-        names.append(name.strip())
-        classes.append([_label(source, label.strip()) for label in listed.split(",")])
+        name, equals, listed = (part.strip() for part in text.partition("="))
+        if name in names:
+            raise typer.BadParameter(f"{name!r} is given twice; give two attributes", param_hint="--attribute")
+        names.append(name)
+        if equals:
+            if not (name and listed):
+                raise typer.BadParameter(f"{text!r} is not NAME=CLASS,CLASS", param_hint="--attribute")
+            classes[name] = [class_of(source, label.strip(), "--attribute") for label in listed.split(",")]
+        elif name not in source.attribute_names:
+            known = ", ".join(source.attribute_names)
+            raise typer.BadParameter(
+                f"{text!r} is not NAME=CLASS,CLASS, nor is it an attribute of {source.source}"
+                + (f", which has {known}" if known else ""),
+                param_hint="--attribute",
+            )
 
     def of(part: Dataset) -> Tensor:
-        labels = torch.from_numpy(part.labels)
-        return torch.stack([torch.isin(labels, torch.tensor(each)) for each in classes], 1)
+        labels = np.zeros(0) if part.labels is None else part.labels  # where an attribute is by classes, there are some
+        columns = [np.isin(labels, classes[name]) if name in classes else part.attribute(name) for name in names]
+        return torch.from_numpy(np.stack(columns, 1))
 
-    train = _at_most(open_data(about, data, root, split="train"), seed)
+    train = at_most(open_data(about, data, root, config, split="train", planted=False), seed)
     # A classifier of data that ties them together would do so itself.
     rows = balanced_rows(of(train), generator=torch.Generator().manual_seed(seed))
     part = train.subset(rows)
@@ -236,35 +271,11 @@ def _several(target: Any) -> list[Any]:
     return list(target) if isinstance(target, list) else [target]
 
 
-def _label(source: Dataset, name: Any) -> int:
-    """The label of a class, by its name or its number."""
-    if source.names is not None and name in source.names:
-        return source.names.index(name)
-    if str(name).isdigit():
-        return int(name)
-    raise ValueError(f"class {name!r} is none of {source.source}; it has {', '.join(source.names or ())}")
-
-
-def _at_most(part: Dataset, seed: int) -> Dataset:
-    import torch
-
-    rows = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed))[:MOST]
-    return part.subset(rows.sort().values)
-
-
 def _classifier(images: Tensor, labels: Tensor, name: str, seed: int, device: str | None, progress: bool) -> Any:
     from ..._progress import bars
-    from ..evaluation import train_classifier
 
     with bars(progress) as start:
-        advance, at = start("training a classifier", None, 0), 0
-
-        def trained(done: int, total: int) -> None:
-            nonlocal at
-            advance(done - at)
-            at = done
-
-        return train_classifier(images, labels, name=name, seed=seed, device=device, progress=trained)
+        return classifier_of(images, labels, name, seed, device, start)
 
 
 def _tell(
@@ -295,7 +306,9 @@ def _tell(
             f"Turning up prototype {effect.prototype} in {len(effect.other)} images with neither raises {names[k]} by "
             f"{effect.own.mean():.2f} and {names[1 - k]} by {effect.other.mean():.2f}; none of "
             f"{len(effect.controls)} controls raises {names[1 - k]} by more than {strongest:.2f} "
-            f"(lower bound beyond it {effect.low:.2f}, p = {effect.p_value:.2f})."
+            f"(lower bound beyond it {effect.low:.2f}, p = {effect.p_value:.2f}). It changes a pixel by "
+            f"{100 * effect.moved:.1f} % of black to white on average, controls by "
+            f"{100 * effect.control_moved.min():.1f} to {100 * effect.control_moved.max():.1f} %."
         )
     if not flagged and min(own) < 0.65:
         section.findings.append(
@@ -324,6 +337,21 @@ def _tell(
                 *(round(effect.low, 3), round(effect.p_value, 3), effect.flagged),
             ]
             for k, effect in enumerate(intervention.effects)
+        ],
+    )
+    one, other = intervention.effects
+    section.table(
+        "Controls: what turning them up does",
+        ["prototype", "changes a pixel by (share of black to white)", *(f"raises {names[k]} by" for k in (1, 0))],
+        [
+            [j, *(round(value, 4) for value in (moved, first_effect, second_effect))]
+            for j, moved, first_effect, second_effect in zip(
+                one.controls,
+                one.control_moved.tolist(),
+                one.control.mean(1).tolist(),
+                other.control.mean(1).tolist(),
+                strict=True,
+            )
         ],
     )
     section.numbers = {

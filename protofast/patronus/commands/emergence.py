@@ -13,8 +13,6 @@ from .generate import MEASURED, BatchSize, FixedPoint, Globally, Quantile, drawn
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor
-
     from ..emergence import Emergence
     from ..generate import Codes
     from ..model import Patronus
@@ -73,7 +71,7 @@ def emergence(
 
     model, about = open_run(run, device)
     chosen = check_prototypes(model.config, range(model.config.num_prototypes) if named is None else named)
-    source = open_data(about, data, root)
+    source = open_data(about, data, root, model.config)
     if images > len(source):
         raise ValueError(f"--images is {images}; {source.source} has {len(source)} images")
     wide = drawn(source, min(len(source), max(images, MEASURED)), seed)
@@ -160,14 +158,14 @@ def _describe(section: Section, found: Emergence, total: int) -> None:
     section.numbers |= {
         "timesteps": found.timesteps,
         "prototypes": found.prototypes,
-        "times": _finite(found.times),
+        "times": found.times,
         "original": found.original,
         "enhanced": found.enhanced,
         "delta": found.delta,
-        "error": [_finite(row) for row in found.error],
+        "error": found.error,
         "trend": found.trend,
-        "trend_error": _finite(found.trend_error),
-        "trend_time": None if found.trend_time != found.trend_time else found.trend_time,
+        "trend_error": found.trend_error,
+        "trend_time": found.trend_time,
     }
 
 
@@ -220,8 +218,3 @@ def _predicted(
 def _listed(numbers: Sequence[int]) -> str:
     more = f" and {len(numbers) - 5} more" if numbers[5:] else ""
     return f"prototype{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:5]))}{more}"
-
-
-def _finite(values: Tensor) -> list[float | None]:
-    """JSON has no NaN."""
-    return [value if value == value else None for value in values.tolist()]

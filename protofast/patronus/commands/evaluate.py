@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,10 +12,15 @@ import typer
 from .common import Data, Device, Out, Progress, Root, Run, Section, Seed, Steps, open_data, open_run, ready, tell
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
     from torch import Tensor
 
     from ...data import Dataset
     from ..evaluation import Classifier, Disentanglement, Features, Probe
+    from ..latent import LatentModel
+    from ..model import Patronus
 
 Option = typer.Option
 
@@ -56,7 +62,8 @@ def evaluate(
     Latent probe: logistic regression on the activations, 5-fold, as accuracy and as AUROC, beside the same on as many
     principal components of the pixels and on activations of an untrained model. TAD and captured attributes: how far
     single prototypes stand for single classes. Agreement: how often a classifier sees in an image drawn of an image's
-    activations what that image is of.
+    activations what that image is of. Of data with attributes (celeba, ffhq, chexpert), attributes take the place of
+    classes.
 
     Distance of drawn images from real ones, of the test images' activations, and without them if `protofast patronus
     latent` was run: FID if `--inception` is given, and otherwise the Fréchet distance over the features of the
@@ -76,10 +83,10 @@ def evaluate(
     `protofast patronus evaluate runs/fashion --samples 10000 --steps 1000 --probed 60000 --inception pt_inception.pth`
     """
     folder = ready(run, out, "evaluate")
-    import torch
 
     from ..._progress import bars
     from ..._sheet import sheet
+    from .. import TrainingConfig
     from ..evaluation import (
         Classifier,
         agreement,
@@ -89,93 +96,91 @@ def evaluate(
         probe,
         quantised,
         reference_distances,
-        train_classifier,
         untrained,
     )
     from ..generate import sample
     from ..images import images_of
 
     model, about = open_run(run, device)
-    train, test = _parts(about, data, root, seed)
-    if train.labels is None and inception is None:
-        raise ValueError(f"{train.source} has no labels, which all but FID needs; give --inception, or other --data")
+    train, test = (open_data(about, data, root, model.config, split=split) for split in ("train", "test"))
+    if known_of(train) is None and inception is None:
+        raise ValueError(
+            f"{train.source} has no labels or attributes, which all but FID needs; give --inception, or other --data"
+        )
     section = Section("evaluate", "How good the model is")
     section.settings = {"data": data or about.get("data"), "samples": samples, "steps": steps, "seed": seed}
     paper = PAPER.get(str(section.settings["data"]), {})
 
     with bars(progress) as start:
         judge: Classifier | None = None
-        if train.labels is not None:
+        if known_of(train) is not None:
             section.settings["probed"] = count = min(probed, len(train))
-            images, labels = images_of(model.config, train.subset(range(count))), torch.from_numpy(train.labels[:count])
+            part = train.subset(drawn(len(train), count, seed).sort().values)
+            images, labels = images_of(model.config, part), _known(part)
             activations = model.activations(images, batch_size=batch_size)
             size, advance = model.config.num_prototypes, start("probing", 4, 0)
+            kept = min(size, images[0].numel(), count * 4 // 5)  # no more than a fold's training part has images
+            settings = TrainingConfig.from_dict(about["made_by"]["training"]) if "made_by" in about else None
+            start_of = untrained(model.config, images, settings=settings, seed=seed)
             probes: dict[str, Probe] = {}
             for name, codes, components in (
                 ("activations of the model", activations, None),
-                (f"{size} principal components of the pixels", images, min(size, images[0].numel())),
-                ("activations of an untrained model", untrained(model.config, images).activations(images), None),
+                (f"{kept} principal components of the pixels", images, kept),
+                ("activations of an untrained model", start_of.activations(images, batch_size=batch_size), None),
             ):
                 probes[name] = probe(codes, labels, components=components, seed=seed)
                 advance(1)
             found = disentanglement(activations, labels, seed=seed)
             advance(1)
-            _tell_probes(section, probes, paper)
-            _tell_disentanglement(section, found, labels.unique().tolist(), train, paper)
+            _tell_probes(section, probes, kept, labels.ndim == 2, paper)
+            _tell_disentanglement(section, found, _names(part, labels), labels.ndim == 2, paper)
 
             if classifier is not None:
                 judge = Classifier.load(classifier).to(device)
             else:
-                rows = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:MOST].sort().values
-                advance, at = start("training the classifier", None, 0), 0
-
-                def trained(done: int, total: int) -> None:
-                    nonlocal at
-                    advance(done - at)
-                    at = done
-
-                part = train.subset(rows)
-                judge = train_classifier(
-                    images_of(model.config, part),
-                    torch.from_numpy(part.labels),
-                    name=str(section.settings["data"]),
-                    seed=seed,
-                    device=device,
-                    progress=trained,
-                )
+                part = at_most(train, seed)
+                name = str(section.settings["data"])
+                judge = classifier_of(images_of(model.config, part), _known(part), name, seed, device, start)
             judge.save(folder / "classifier.safetensors")
 
-        sources = test.subset(_drawn(len(test), samples, seed))
+        sources = test.subset(drawn(len(test), samples, seed))
         real = images_of(model.config, sources)
         encoded = model.activations(real, batch_size=batch_size)
         made = {"conditional": sample(model, encoded, steps, seed=seed, batch_size=batch_size, progress=progress)}
-        if (run / "latent.safetensors").exists():
-            from ..latent import LatentModel, sample_unconditional
+        latent = _latent(run, model, section, device)
+        if latent is not None:
+            from ..latent import sample_unconditional
 
-            latent = LatentModel.from_pretrained(run, device=device)
             fresh = sample_unconditional(
                 model, latent, len(real), num_steps=steps, seed=seed, batch_size=batch_size, progress=progress
             )
             made["unconditional"] = fresh.images.cpu()
 
         if judge is not None:
-            wanted = torch.from_numpy(sources.labels)
-            agreed = agreement(judge, quantised(made["conditional"]), quantised(real), wanted)
+            agreed = agreement(judge, quantised(made["conditional"]), quantised(real), _known(sources))
             section.numbers["agreement"] = agreed._asdict()
-            section.findings.append(
-                f"Of {len(real):,} images drawn of test images' activations, classifier {judge.name} gives "
-                f"{100 * agreed.label:.1f} % the class of their source (it gives {100 * agreed.ceiling:.1f} % of the "
-                f"sources themselves their class), and {100 * agreed.answer:.1f} % the same class as their source."
-            )
+            if judge.several:
+                section.findings.append(
+                    f"In {len(real):,} images drawn of test images' activations, classifier {judge.name} sees "
+                    f"{100 * agreed.label:.1f} % of the attributes as their sources have them (in the sources "
+                    f"themselves {100 * agreed.ceiling:.1f} %), and {100 * agreed.answer:.1f} % as it sees them there."
+                )
+            else:
+                section.findings.append(
+                    f"Of {len(real):,} images drawn of test images' activations, classifier {judge.name} gives "
+                    f"{100 * agreed.label:.1f} % the class of their source (it gives {100 * agreed.ceiling:.1f} % of "
+                    f"the sources themselves their class), and {100 * agreed.answer:.1f} % the same class as their "
+                    "source."
+                )
         features = inception_features(inception, device=device) if inception else classifier_features(_given(judge))
-        pool = features.of(quantised(images_of(model.config, test.subset(_drawn(len(test), MOST, seed)))))
-        floor = features.of(quantised(images_of(model.config, train.subset(_drawn(len(train), len(real), seed)))))
+        pool = features.of(quantised(images_of(model.config, test.subset(drawn(len(test), MOST, seed)))))
+        floor = features.of(quantised(images_of(model.config, train.subset(drawn(len(train), len(real), seed)))))
         sets = {name: features.of(quantised(images)) for name, images in made.items()}
         sets["floor"] = floor
         advance = start("comparing with test images", len(sets), 0)
         distances = {}
         for name, values in sets.items():
-            distances[name] = reference_distances(values, pool[:, : values.shape[1]], seed=seed)
+            distances[name] = reference_distances(values, pool, seed=seed)
             advance(1)
     _tell_distances(section, distances, features, len(real), paper)
 
@@ -197,23 +202,67 @@ def evaluate(
     tell(section, section.write(folder))
 
 
-def _parts(about: dict[str, Any], data: str | None, root: Path | None, seed: int) -> tuple[Dataset, Dataset]:
-    """Training and test images; of data without parts, a tenth drawn by the seed is for the test."""
+def known_of(source: Dataset) -> np.ndarray | None:
+    """What is known of each image: its class (n,), or else its attributes (n, K)."""
+    return source.attributes if source.labels is None else source.labels
+
+
+def _known(source: Dataset) -> Tensor:
     import torch
 
-    from .common import PARTS
-
-    train = open_data(about, data, root, split="train")
-    if (data or about["data"]) in PARTS:
-        return train, open_data(about, data, root)
-    if len(train) < 20:
-        raise ValueError(f"{train.source} has {len(train)} images; give at least 20")
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    tenth = len(train) // 10
-    return train.subset(order[tenth:].sort().values), train.subset(order[:tenth].sort().values)
+    return torch.as_tensor(known_of(source))
 
 
-def _drawn(n: int, count: int, seed: int) -> Tensor:
+def _names(source: Dataset, known: Tensor) -> list[str]:
+    """Of the classes that occur, or of the attributes."""
+    if known.ndim == 2:
+        return list(source.attribute_names)
+    return [str(label) if source.names is None else source.names[label] for label in known.unique().tolist()]
+
+
+def at_most(part: Dataset, seed: int) -> Dataset:
+    """As much of a data set as a classifier is trained on."""
+    return part.subset(drawn(len(part), MOST, seed).sort().values)
+
+
+def classifier_of(
+    images: Tensor, labels: Tensor, name: str, seed: int, device: str | None, start: Callable[..., Any]
+) -> Classifier:
+    """`train_classifier` with one of the `bars` that `start` starts."""
+    from ..evaluation import train_classifier
+
+    advance, at = start("training a classifier", None, 0), 0
+
+    def trained(done: int, total: int) -> None:
+        nonlocal at
+        advance(done - at)
+        at = done
+
+    return train_classifier(images, labels, name=name, seed=seed, device=device, progress=trained)
+
+
+def _latent(run: Path, model: Patronus, section: Section, device: str | None) -> LatentModel | None:
+    """The latent model of a run, if it is of the model's activations; else says why there is none."""
+    from ..._files import digest
+    from ..latent import CONFIG, LatentModel
+
+    cure = f"run `protofast patronus latent {run}`, and this again."
+    if not (run / CONFIG).exists():
+        section.findings.append(f"No image was drawn of nothing, as there is no latent model: {cure}")
+        return None
+    latent = LatentModel.from_pretrained(run, device=device)
+    of = json.loads((run / CONFIG).read_bytes())["about"].get("prototypes")
+    if of == digest(model.prototypes.prototype_vectors.detach().cpu()):
+        return latent
+    section.findings.append(
+        f"No image was drawn of nothing, as the latent model in {run / CONFIG} is of "
+        f"{'other' if of else 'unknown'} prototypes than the model's: {cure}"
+    )
+    return None
+
+
+def drawn(n: int, count: int, seed: int) -> Tensor:
+    """`count` of n rows, or all, in an order that the seed draws."""
     import torch
 
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:count]
@@ -236,7 +285,7 @@ def _numbers(values: Tensor) -> dict[str, Any]:
     return {"mean": values.mean().item(), "std": values.std(correction=0).item(), "each": values}
 
 
-def _tell_probes(section: Section, probes: dict[str, Probe], paper: dict[str, float]) -> None:
+def _tell_probes(section: Section, probes: dict[str, Probe], kept: int, several: bool, paper: dict[str, float]) -> None:
     rows: list[list[Any]] = [[name, _spread(scores.accuracy), _spread(scores.auroc)] for name, scores in probes.items()]
     if "accuracy" in paper or "auroc" in paper:
         rows.append(["the paper's activations", paper.get("accuracy", "–"), paper.get("auroc", "–")])
@@ -246,25 +295,32 @@ def _tell_probes(section: Section, probes: dict[str, Probe], paper: dict[str, fl
         key: {"accuracy": _numbers(scores.accuracy), "auroc": _numbers(scores.auroc)}
         for key, scores in zip(keys, probes.values(), strict=True)
     }
+    if several:
+        mine, pixels, none = (scores.auroc.mean().item() for scores in probes.values())
+        section.findings.append(
+            f"A linear classifier tells attributes by the activations with a mean AUROC of {mine:.3f}, by {kept} "
+            f"principal components of the pixels of {pixels:.3f}, and by those of an untrained model of {none:.3f}."
+        )
+        return
     mine, pixels, none = (scores.accuracy.mean().item() for scores in probes.values())
     section.findings.append(
-        f"A linear classifier reads the class off the activations in {100 * mine:.1f} % of images, off as many "
+        f"A linear classifier reads the class off the activations in {100 * mine:.1f} % of images, off {kept} "
         f"principal components of the pixels in {100 * pixels:.1f} %, and off an untrained model's activations in "
         f"{100 * none:.1f} %."
     )
 
 
 def _tell_disentanglement(
-    section: Section, found: Disentanglement, classes: list[int], source: Dataset, paper: dict[str, float]
+    section: Section, found: Disentanglement, names: list[str], several: bool, paper: dict[str, float]
 ) -> None:
-    names = [str(label) if source.names is None else source.names[label] for label in classes]
+    one, many = ("attribute", "attributes") if several else ("class", "classes")
     number = found.captured.sum(1).double()
     mean = found.auroc.mean(0)
     best = mean.argmax(1)
     two = mean.topk(2).values
     section.table(
-        "The prototype that tells each class best",
-        ["class", "prototype", "AUROC", "AUROC of the second best", "captured in folds"],
+        f"The prototype that tells each {one} best",
+        [one, "prototype", "AUROC", "AUROC of the second best", "captured in folds"],
         [
             [
                 name,
@@ -279,15 +335,15 @@ def _tell_disentanglement(
     section.numbers["disentanglement"] |= {"attributes": names, "auroc": mean, "prototypes": best}
     theirs = f" (paper: {paper['tad']}, {paper['captured']:.0f} captured)" if "tad" in paper else ""
     section.findings.append(
-        f"Single prototypes capture {number.mean():.1f} of {len(names)} classes (AUROC of 0.75 or more); TAD, by which "
+        f"Single prototypes capture {number.mean():.1f} of {len(names)} {many} (AUROC of 0.75 or more); TAD, by which "
         f"the best prototypes lead the second best, is {_spread(found.tad)}{theirs}."
     )
     section.picture(
         "prototypes.png",
         _matrix(mean, names),
         "What each prototype tells by itself",
-        "AUROC of each prototype's activation for each class against the rest, the better of both signs: 0.5 is "
-        "chance, 1 tells them apart without error. The dot is the best of each class.",
+        f"AUROC of each prototype's activation for each {one} against the rest, the better of both signs: 0.5 is "
+        f"chance, 1 tells them apart without error. The dot is the best of each {one}.",
     )
 
 
@@ -300,10 +356,11 @@ def _tell_distances(
         "unconditional": "drawn of nothing",
         "floor": "training images (the floor)",
     }
-    columns = ["images", features.distance, *(["the paper's FID"] if real else [])]
+    beside = real and size >= 10_000  # FID depends on the number of images
+    columns = ["images", features.distance, *(["the paper's FID (of 10,000 JPEG images)"] if beside else [])]
     rows: list[list[Any]] = []
     for name, values in distances.items():
-        rows.append([titles[name], _spread(values, 2), *([paper.get(name, "–")] if real else [])])
+        rows.append([titles[name], _spread(values, 2), *([paper.get(name, "–")] if beside else [])])
     section.table(f"Distance from {size:,} test images (mean ± std over five draws of them)", columns, rows)
     section.numbers["distance"] = {"name": features.distance, "size": size}
     section.numbers["distance"] |= {name: _numbers(values) for name, values in distances.items()}

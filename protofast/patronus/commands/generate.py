@@ -94,7 +94,7 @@ def generate(
     model, about = open_run(run, device)
     if named:
         check_prototypes(model.config, named)
-    source = open_data(about, data, root)
+    source = open_data(about, data, root, model.config)
     if images > len(source):
         raise ValueError(f"--images is {images}; {source.source} has {len(source)} images")
     wide = drawn(source, min(len(source), max(images, MEASURED)), seed)
@@ -144,18 +144,21 @@ def _reconstruction(
 ) -> None:
     """The images, themselves once more, and others with the same activations."""
     error = float((rebuilt - originals).square().mean().sqrt()) / 2
-    spread = seen.std(0).clamp_min(1e-12)
+    spread = seen.std(0)
+    varies = (seen != seen[0]).any(0)  # of equal values the standard deviation may be a rounding
     asked = model.activations(originals)
-    off = float(
-        ((model.activations(varied.flatten(0, 1)) - asked.repeat_interleave(varied.shape[1], 0)) / spread).abs().mean()
+    found = model.activations(varied.flatten(0, 1)) - asked.repeat_interleave(varied.shape[1], 0)
+    off, apart = (
+        float((difference / spread)[:, varies].abs().mean()) for difference in (found, seen - seen.roll(1, 0))
     )
-    apart = float(((seen - seen.roll(1, 0)) / spread).abs().mean())
-    section.numbers |= {"reconstruction_rmse": error, "variation_off": off, "images_apart": apart}
+    steady = int((~varies).sum())
+    section.numbers |= {"reconstruction_rmse": error, "variation_off": off, "images_apart": apart, "never_vary": steady}
     section.findings += [
         f"Inverted and sampled again, {len(originals)} images come back with a root mean square error of {error:.4f} "
         "(values from 0 to 1).",
         f"Variations (the same activations, fresh noise) are {off:.2f} standard deviations away from the activations "
-        f"asked for, on average over prototypes; two images of the data are {apart:.2f} apart.",
+        f"asked for, on average over prototypes; two images of the data are {apart:.2f} apart."
+        + (f" Left out: {steady} of {len(varies)} prototypes, which never vary over the data." if steady else ""),
     ]
     rows = [("held out", originals), ("reconstructed", rebuilt)]
     rows += [(f"variation {number + 1}", varied[:, number]) for number in range(varied.shape[1])]

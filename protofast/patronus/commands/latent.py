@@ -7,15 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import PARTS, Data, Device, Out, Progress, Root, Run, Section, Seed, Steps
+from .common import Data, Device, Out, Progress, Root, Run, Section, Seed, Steps
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import numpy as np
 
     from ..._progress import Progress as Bars
-    from ...data import Dataset
     from ..latent import LatentQuality
 
 Option = typer.Option
@@ -62,11 +59,14 @@ def latent(
     from ..._sheet import sheet
     from ..images import images_of
     from ..latent import SAMPLERS, activations_of, decode, gaussian, latent_quality, train_latent
-    from .common import open_run, ready, tell
+    from .common import open_data, open_run, ready, tell
 
     folder = ready(run, out, "latent")
     model, about = open_run(run, device)
-    parts = _parts(about, data, root, seed)
+    parts = {
+        name: open_data(about, data, root, model.config, split=split)
+        for name, split in (("training", "train"), ("held out", "test"))
+    }
     seconds = {}
     with bars(progress) as start:
         found = {}
@@ -83,7 +83,15 @@ def latent(
             advance(at, total)
 
         advance = _bar(start, "latent model", updates)
-        prior = train_latent(trained, updates=updates, seed=seed, device=model.device, folder=run, progress=count)
+        prior = train_latent(
+            trained,
+            updates=updates,
+            seed=seed,
+            device=model.device,
+            folder=run,
+            prototypes=model.prototypes.prototype_vectors,
+            progress=count,
+        )
         seconds["latent model"] = time.perf_counter() - begin
         advance(updates, updates)  # a model that was kept makes no steps
 
@@ -155,28 +163,6 @@ def latent(
         "seed": seed,
     }
     tell(section, section.write(folder))
-
-
-def _parts(about: Mapping[str, Any], data: str | None, root: Path | None, seed: int) -> dict[str, Dataset]:
-    """Images to learn from, and held-out ones: the test part or, of data without parts, a tenth drawn by the seed."""
-    import torch
-
-    from .common import open_data
-
-    if (data or about.get("data")) in PARTS:
-        return {
-            "training": open_data(about, data, root, split="train"),
-            "held out": open_data(about, data, root, split="test"),
-        }
-    whole = open_data(about, data, root)
-    if len(whole) < 20:
-        raise ValueError(f"{whole.source} has {len(whole)} images; give at least 20")
-    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
-    tenth = len(whole) // 10
-    return {
-        "training": whole.subset(order[tenth:].sort().values),
-        "held out": whole.subset(order[:tenth].sort().values),
-    }
 
 
 def _some(total: int, count: int, seed: int) -> np.ndarray:

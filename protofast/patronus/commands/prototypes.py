@@ -66,7 +66,7 @@ def prototypes(
     from ..prototypes import amplify, consistency, field_of, name_prototypes, nearest_patches
 
     model, about = open_run(run, device)
-    source = open_data(about, data, root)
+    source = open_data(about, data, root, model.config)
     shown = images_of(model.config, source)
     for option, count in (("--nearest", nearest), ("--images", images)):
         if count > len(shown):
@@ -118,10 +118,7 @@ def prototypes(
         "similarity of the encoder's features of the framed patches, in brackets that to other prototypes' patches.",
     )
     section.numbers = {
-        "names": [
-            {**name._asdict(), "share": _number(name.share), "auroc": _number(name.auroc)}  # JSON has no NaN
-            for name in names
-        ],
+        "names": [name._asdict() for name in names],
         "nearest": {"image": patches.image, "activation": patches.activation, "box": patches.box},
         "strengths": levels,
         "amplified": {
@@ -131,17 +128,13 @@ def prototypes(
             "box": made.box,
             "best": drawn[made.best],
         },
-        "consistency": {"within": alike.within, "across": [_number(value) for value in alike.across.tolist()]},
+        "consistency": alike._asdict(),
     }
     tell(section, section.write(folder))
 
 
-def _number(value: float) -> float | None:
-    return None if value != value else value
-
-
-def _rounded(value: Any) -> float | None:
-    return None if value != value else round(float(value), 3)
+def _rounded(value: Any) -> float:
+    return round(float(value), 3)
 
 
 def _findings(names: list[PrototypeName], made: Amplified, levels: Tensor, alike: Any, source: Dataset) -> list[str]:

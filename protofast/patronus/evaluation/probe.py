@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._optional import need
-from ..config import PatronusConfig
+from ..config import PatronusConfig, TrainingConfig
 from ..model import Patronus
 from .disentanglement import auroc, checked
 
@@ -98,9 +98,12 @@ def probe(codes: Tensor, labels: Tensor, *, components: int | None = None, folds
     return Probe(*(torch.tensor(column, dtype=torch.float64) for column in zip(*scores, strict=True)))
 
 
-@torch.no_grad()
-def untrained(config: PatronusConfig, images: Tensor, *, seed: int = 0) -> Patronus:
-    """The model of a config before its first update: random encoder, prototypes spread over patches of `images`.
+def untrained(
+    config: PatronusConfig, images: Tensor, *, settings: TrainingConfig | None = None, seed: int = 0
+) -> Patronus:
+    """The model of a config as training begins with it: random encoder, prototypes by `settings.initialize`.
+
+    By default they are patches of `images`, scaled with the encoder to a median distance of `settings.distance`.
 
     What a probe reads off its activations is owed to the architecture, and what it reads off a trained model's beyond
     that to training.
@@ -110,12 +113,16 @@ def untrained(config: PatronusConfig, images: Tensor, *, seed: int = 0) -> Patro
     config : PatronusConfig
     images : Tensor of shape (n, C, H, W)
         In [−1, 1]; 256 of them are used.
+    settings : TrainingConfig, optional
+        Of the training; by default its defaults.
     seed : int, default 0
     """
+    from ..training import initialize
+
+    settings = settings or TrainingConfig()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Patronus(config)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = images[torch.randperm(len(images), generator=generator)[:256]]
-    model.prototypes.initialize_from(model.encoder(drawn.cpu()), generator=generator)
+    if settings.initialize != "uniform":
+        initialize(model, lambda rows: images[rows].cpu(), len(images), settings, seed)
     return model.eval().requires_grad_(False)
