@@ -16,6 +16,18 @@ Progress = Callable[[str, "int | None", int], Advance]
 """(description, total, already done) → function that advances the bar."""
 
 
+def told_totals(advance: Advance) -> Callable[[int, int], None]:
+    """``progress(done, total)`` that advances a bar by what was done since."""
+    at = 0
+
+    def tick(done: int, total: int) -> None:
+        nonlocal at
+        advance(done - at)
+        at = done
+
+    return tick
+
+
 @contextmanager
 def bars(show: bool) -> Iterator[Progress]:
     try:

@@ -61,7 +61,7 @@ def ddim(
 
     from .. import __version__
     from .._optional import need
-    from .._progress import bars
+    from .._progress import bars, told_totals
     from .._sheet import sheet
     from .check import evaluate
     from .training import train
@@ -70,13 +70,7 @@ def ddim(
     versions |= {"diffusers": need("diffusers", "diffusers").__version__, "python": platform.python_version()}
     images, held_out = _load(data, root, image_size, seed)
     with bars(progress) as start:
-        advance, at = start(f"training on {len(images):,} images", updates, 0), 0
-
-        def trained(done: int, total: int) -> None:
-            nonlocal at
-            advance(done - at)
-            at = done
-
+        trained = told_totals(start(f"training on {len(images):,} images", updates, 0))
         model = train(images, width=width, updates=updates, lr=lr, seed=seed, progress=trained)
         trained(updates, updates)  # weights from the cache make no steps
         numbers, pictures = evaluate(

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from .. import _weights
 from .._files import replacing
 from .._optional import need
+from .._training import forgetting, read_unfinished
 from ..ddim import DDIMSchedule
 
 TIMESTEPS = 1000
@@ -216,7 +216,7 @@ def _train(
     losses: list[float] = []
     parts: dict[str, Any] = {"model": model, "average": average, "optimizer": optimizer}
     made_by = {"torch": str(torch.__version__), "diffusers": need("diffusers", "diffusers").__version__}
-    if unfinished is not None and (state := _read(unfinished)).get("made_by") == made_by:
+    if unfinished is not None and (state := read_unfinished(unfinished)).get("made_by") == made_by:
         generator.set_state(state["generator"])
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -254,17 +254,8 @@ def _train(
     return result.eval().requires_grad_(False)
 
 
-def _read(unfinished: Path) -> dict[str, Any]:
-    try:
-        with zipfile.ZipFile(unfinished) as archive:  # torch.load looks at no checksum
-            return torch.load(unfinished, weights_only=True) if archive.testzip() is None else {}
-    except Exception:  # it is not there, or damaged in one of many ways: from the start
-        return {}
-
-
 def _blend(average: Tensor, latest: Tensor, count: Tensor | int) -> Tensor:
-    """An exponential average that forgets its beginning: over a tenth of the updates, until `DECAY` is reached."""
-    return torch.lerp(latest, average, min(DECAY, (1 + int(count)) / (10 + int(count))))
+    return torch.lerp(latest, average, forgetting(DECAY, int(count)))
 
 
 def _twentieths(values: list[float]) -> list[list[float]]:

@@ -242,7 +242,7 @@ PRESETS: dict[str, PatronusConfig] = {
         prediction_type="v_prediction",
     ),
 }
-"""The paper's models by data set, and ``cpu``: grey images of 32 pixels within 25 minutes on two cores."""
+"""The paper's models by data set, and ``cpu``: grey images of 32 pixels in about half an hour on two busy cores."""
 
 TRAINING: dict[str, TrainingConfig] = {
     "mnist": TrainingConfig(updates=46_900),

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import time
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -31,6 +30,7 @@ from torch.optim.swa_utils import AveragedModel
 from .. import _weights
 from .._files import digest, replacing
 from .._optional import need
+from .._training import forgetting, read_unfinished
 from ..data import Dataset
 from ..ddim import DDIMSchedule, ddim_step
 from ..diffusion import add_noise, normal_noise, sample, timesteps
@@ -434,14 +434,14 @@ def fit(
     signals, spreads = alphas.sqrt().float().to(device), (1 - alphas).sqrt().float().to(device)
 
     def blend(average: Tensor, latest: Tensor, count: Tensor | int) -> Tensor:
-        return torch.lerp(latest, average, min(ema, (1 + int(count)) / (10 + int(count))))  # forgets its beginning
+        return torch.lerp(latest, average, forgetting(ema, int(count)))
 
     average = AveragedModel(model, avg_fn=blend)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
     generator = torch.Generator().manual_seed(seed)
     losses: list[float] = []
     parts: dict[str, Any] = {"model": model, "average": average, "optimizer": optimizer}
-    if unfinished is not None and (state := _read_unfinished(unfinished)).get("key") == key:
+    if unfinished is not None and (state := read_unfinished(unfinished)).get("key") == key:
         generator.set_state(state["generator"])
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -713,11 +713,3 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or values.get("format") != _FORMAT or not names <= values.keys():
         raise ValueError(f"{path} is of no latent model; {_CURE}")
     return values
-
-
-def _read_unfinished(path: Path) -> dict[str, Any]:
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load looks at no checksum
-            return torch.load(path, weights_only=True) if archive.testzip() is None else {}
-    except Exception:  # it is not there, or damaged in one of many ways: from the start
-        return {}

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import time
-import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -22,6 +21,7 @@ from .._files import digest, replacing
 from .._optional import need
 from .._progress import bars
 from .._sheet import sheet
+from .._training import forgetting, read_unfinished
 from ..diffusion import normal_noise, sample
 from ..nn import distinct_loss
 from .config import PatronusConfig, TrainingConfig
@@ -303,8 +303,7 @@ class _Run:
             self._sum, self._twentieth = 0.0, 0
 
     def _blend(self, averages: Any, latest: Any, count: Tensor | int) -> None:
-        """An exponential average that forgets its beginning."""
-        decay = min(self.settings.ema, (1 + int(count)) / (10 + int(count)))
+        decay = forgetting(self.settings.ema, int(count))
         torch._foreach_lerp_(list(averages), list(latest), 1 - decay)
 
     def _parts(self) -> dict[str, Any]:
@@ -324,12 +323,7 @@ class _Run:
         path = folder / CHECKPOINT
         if not path.exists():
             return
-        try:
-            with zipfile.ZipFile(path) as archive:  # torch.load looks at no checksum
-                damaged = archive.testzip() is not None
-            state = {} if damaged else torch.load(path, map_location=self.accelerator.device, weights_only=True)
-        except (zipfile.BadZipFile, RuntimeError, EOFError):
-            state = {}
+        state = read_unfinished(path)
         if not state:
             raise ValueError(f"{path} is damaged; delete it to train from the start")
         if state["made_by"] != json.dumps(made_by, sort_keys=True):

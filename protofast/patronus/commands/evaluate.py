@@ -229,15 +229,10 @@ def classifier_of(
     images: Tensor, labels: Tensor, name: str, seed: int, device: str | None, start: Callable[..., Any]
 ) -> Classifier:
     """`train_classifier` with one of the `bars` that `start` starts."""
+    from ..._progress import told_totals
     from ..evaluation import train_classifier
 
-    advance, at = start("training a classifier", None, 0), 0
-
-    def trained(done: int, total: int) -> None:
-        nonlocal at
-        advance(done - at)
-        at = done
-
+    trained = told_totals(start("training a classifier", None, 0))
     return train_classifier(images, labels, name=name, seed=seed, device=device, progress=trained)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,7 +12,6 @@ from .common import Data, Device, Out, Progress, Root, Run, Section, Seed, Steps
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..._progress import Progress as Bars
     from ..latent import LatentQuality
 
 Option = typer.Option
@@ -55,7 +54,7 @@ def latent(
     """
     import time
 
-    from ..._progress import bars
+    from ..._progress import bars, told_totals
     from ..._sheet import sheet
     from ..images import images_of
     from ..latent import SAMPLERS, activations_of, decode, gaussian, latent_quality, train_latent
@@ -72,7 +71,9 @@ def latent(
         found = {}
         for name, part in parts.items():
             begin = time.perf_counter()
-            found[name] = activations_of(model, part, progress=_bar(start, f"activations ({name})", len(part)))
+            found[name] = activations_of(
+                model, part, progress=told_totals(start(f"activations ({name})", len(part), 0))
+            )
             seconds[name] = time.perf_counter() - begin
         trained, held_out = found["training"], found["held out"]
         begin, done = time.perf_counter(), 0
@@ -82,7 +83,7 @@ def latent(
             done += 1
             advance(at, total)
 
-        advance = _bar(start, "latent model", updates)
+        advance = told_totals(start("latent model", updates, 0))
         prior = train_latent(
             trained,
             updates=updates,
@@ -169,17 +170,6 @@ def _some(total: int, count: int, seed: int) -> np.ndarray:
     import numpy as np
 
     return np.random.default_rng(seed).permutation(total)[:count]
-
-
-def _bar(start: Bars, description: str, total: int) -> Callable[[int, int], None]:
-    advance, at = start(description, total, 0), 0
-
-    def tick(done: int, total: int) -> None:
-        nonlocal at
-        advance(done - at)
-        at = done
-
-    return tick
 
 
 def _summary(quality: LatentQuality) -> dict[str, float]:

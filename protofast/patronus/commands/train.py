@@ -61,8 +61,8 @@ def train(
     (config.json, model.safetensors), `log.jsonl`, TensorBoard's `events`, and grids of samples on the way.
 
     **Presets**: `fashion-mnist`, `mnist`, `cifar10`, `celeba`, `ffhq` and `chexpert` are the paper's models and need a
-    GPU for hours. `cpu` learns grey images of 32 pixels within 25 minutes on two cores; with --image-size and a folder
-    of pictures it is a start for other data.
+    GPU for hours. `cpu` learns images of 32 pixels in about half an hour on two busy cores; with --image-size and a
+    folder of pictures it is a start for other data.
 
     **Several processes or GPUs**: `torchrun --nproc-per-node 4 --no-python protofast patronus train …`. The batch is
     split between them.
