@@ -7,6 +7,15 @@ from . import _ops as _ops
 from . import backends as backends
 from ._backend import BackendInfo, BackendUnavailableError, backend_info, use_backend
 from ._backend import version as _version
+from .channels import (
+    ChannelPurity,
+    ColumnTopK,
+    RotatedPool,
+    channel_heat_map,
+    channel_purity,
+    purity_of_all,
+    rotate_and_pool,
+)
 from .ddim import DDIMSchedule, DDIMStep, ddim_inverse_step, ddim_step
 from .prototype import (
     PrototypeActivation,
@@ -41,12 +50,17 @@ def __getattr__(name: str) -> object:
 __all__ = [
     "BackendInfo",
     "BackendUnavailableError",
+    "ChannelPurity",
+    "ColumnTopK",
     "DDIMSchedule",
     "DDIMStep",
     "PrototypeActivation",
     "PrototypeDistance",
+    "RotatedPool",
     "Selection",
     "backend_info",
+    "channel_heat_map",
+    "channel_purity",
     "data",
     "ddim_inverse_step",
     "ddim_step",
@@ -61,7 +75,9 @@ __all__ = [
     "prototype_activation",
     "prototype_distance",
     "prototype_map",
+    "purity_of_all",
     "pxgen",
+    "rotate_and_pool",
     "selection",
     "use_backend",
 ]

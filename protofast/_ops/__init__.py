@@ -86,4 +86,4 @@ def implemented(name: str, backend: str, devices: Iterable[str]) -> None:
     KERNELS[name].setdefault(backend, set()).update(devices)
 
 
-from . import ddim, prototype, selection  # noqa: E402,F401
+from . import channels, ddim, prototype, selection  # noqa: E402,F401

@@ -1,5 +1,5 @@
 """The reference: plain torch, the direct form in float64. The fallback on any device, and what tests compare with."""
 
-from . import ddim, medoids, philox, prototype, selection
+from . import channels, ddim, medoids, philox, prototype, selection
 
-__all__ = ["ddim", "medoids", "philox", "prototype", "selection"]
+__all__ = ["channels", "ddim", "medoids", "philox", "prototype", "selection"]
