@@ -21,7 +21,8 @@ py::dict build_info() {
   for (const char* op : {"ddim_step", "ddim_step_out", "ddim_coefficients", "philox_normal", "prototype_activation",
                          "prototype_backward", "prototype_map", "k_center", "cover", "relax"})
     kernels[op] = devices.attr("copy")();
-  for (const char* op : {"farthest_pair", "max_min_swaps", "max_sum", "k_medoids"})
+  for (const char* op :
+       {"farthest_pair", "max_min_swaps", "max_sum", "k_medoids", "channel_purity", "channel_purity_backward"})
     kernels[op] = py::list(py::make_tuple("cpu"));
 
   const auto version = [](unsigned long long packed) {

@@ -114,7 +114,7 @@ def test_native_install(source):
     assert done.stdout.split() == [
         *("ddim_step", "ddim_step_out", "ddim_coefficients", "philox_normal"),
         *("prototype_activation", "prototype_backward", "prototype_map", "k_center", "cover", "relax"),
-        *("farthest_pair", "max_min_swaps", "max_sum", "k_medoids"),
+        *("farthest_pair", "max_min_swaps", "max_sum", "k_medoids", "channel_purity", "channel_purity_backward"),
     ]
 
 

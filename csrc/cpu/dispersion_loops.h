@@ -5,6 +5,8 @@
 //
 #include "prototype_tile.h"
 //
+#include "eight.h"
+//
 #include "selection_points.h"
 //
 #include "farthest_tiles.h"

@@ -4,6 +4,8 @@
 //
 #include "prototype_tile.h"
 //
+#include "eight.h"
+//
 #include "selection_points.h"
 //
 #include "selection_screen.h"

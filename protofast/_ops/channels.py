@@ -33,7 +33,7 @@ def _backward(ctx, grad, _):
     features, *rest = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:2]
     # Under create_graph the formulas, which torch can differentiate again; else one kernel.
-    run = (
+    run: Any = (
         purity_gradients
         if torch.is_grad_enabled()
         else same_backend("channel_purity_backward", ctx.backend, features.device.type)

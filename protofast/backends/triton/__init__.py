@@ -9,6 +9,7 @@ from typing import Any
 from protofast import _ops
 
 _KERNELS = {
+    "channels": ("channel_purity", "channel_purity_backward"),
     "ddim": ("ddim_coefficients", "ddim_step", "ddim_step_out"),
     "philox": ("philox_normal",),
     "prototype": ("prototype_activation", "prototype_backward", "prototype_map"),
