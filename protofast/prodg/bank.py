@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,14 @@ class PromptBank(nn.Module):
     pooled_anchor: Tensor
 
     def __init__(
-        self, channels: int, anchor: Tensor, pooled_anchor: Tensor, *, rank: int = 4, logvar: float = -8.0, seed: int = 0
+        self,
+        channels: int,
+        anchor: Tensor,
+        pooled_anchor: Tensor,
+        *,
+        rank: int = 4,
+        logvar: float = -8.0,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if channels < 1:
@@ -60,18 +68,20 @@ class PromptBank(nn.Module):
             raise ValueError(f"rank is {rank}; give at least 1")
         for name, value, rank_of in (("anchor", anchor, 2), ("pooled_anchor", pooled_anchor, 1)):
             if value.ndim not in (rank_of, rank_of + 1) or (value.ndim > rank_of and len(value) != channels):
-                raise ValueError(f"{name} has shape {tuple(value.shape)}; give one for all, or one for each of {channels}")
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)}; give one for all, or one for each of {channels}"
+                )
         self.channels = channels
         self.register_buffer("anchor", anchor.detach().clone())
         self.register_buffer("pooled_anchor", pooled_anchor.detach().clone())
         tokens, size = anchor.shape[-2:]
         draws = torch.Generator().manual_seed(seed)
-        kind = dict(dtype=torch.float64 if anchor.dtype == torch.float64 else torch.float32)
-        self.down = nn.Parameter(0.01 * torch.randn(channels, tokens, rank, generator=draws, **kind))
-        self.up = nn.Parameter(torch.zeros(channels, rank, size, **kind))
-        self.pooled_offset = nn.Parameter(torch.zeros(channels, pooled_anchor.shape[-1], **kind))
-        self.logvar = nn.Parameter(torch.full((channels, tokens, 1), float(logvar), **kind))
-        self.pooled_logvar = nn.Parameter(torch.full((channels, pooled_anchor.shape[-1]), float(logvar), **kind))
+        kind = torch.float64 if anchor.dtype == torch.float64 else torch.float32
+        self.down = nn.Parameter(0.01 * torch.randn(channels, tokens, rank, generator=draws, dtype=kind))
+        self.up = nn.Parameter(torch.zeros(channels, rank, size, dtype=kind))
+        self.pooled_offset = nn.Parameter(torch.zeros(channels, pooled_anchor.shape[-1], dtype=kind))
+        self.logvar = nn.Parameter(torch.full((channels, tokens, 1), float(logvar), dtype=kind))
+        self.pooled_logvar = nn.Parameter(torch.full((channels, pooled_anchor.shape[-1]), float(logvar), dtype=kind))
         self.to(anchor.device)
 
     def forward(self, channels: Tensor, *, generator: torch.Generator | None = None, noise: bool = True) -> Prompts:
@@ -96,9 +106,13 @@ class PromptBank(nn.Module):
 
     def _check(self, channels: Tensor) -> None:
         if channels.ndim != 1 or channels.dtype != torch.int64:
-            raise ValueError(f"channels has shape {tuple(channels.shape)} and dtype {channels.dtype}; give int64 of shape (m,)")
+            raise ValueError(
+                f"channels has shape {tuple(channels.shape)} and dtype {channels.dtype}; give int64 of shape (m,)"
+            )
         if len(channels) and not 0 <= int(channels.min()) <= int(channels.max()) < self.channels:
-            raise IndexError(f"channels runs from {int(channels.min())} to {int(channels.max())}; the bank has {self.channels}")
+            raise IndexError(
+                f"channels runs from {int(channels.min())} to {int(channels.max())}; the bank has {self.channels}"
+            )
 
     @classmethod
     @torch.no_grad()
@@ -128,16 +142,16 @@ class PromptBank(nn.Module):
         rank, logvar, seed
             As for `PromptBank`.
         """
-        made = dict(rank=rank, logvar=logvar, seed=seed)
+        made: Any = {"rank": rank, "logvar": logvar, "seed": seed}
         if init == "empty":
             embedding, pooled = generator.encode([""])
-            return cls(channels, embedding[0], pooled[0], **made)  # type: ignore[arg-type]
+            return cls(channels, embedding[0], pooled[0], **made)
         draws = torch.Generator().manual_seed(seed)
         if init == "random":
             drawn = _RANDOM * torch.randn(*generator.prompt_shape, generator=draws)
             pooled = _RANDOM * torch.randn(generator.pooled_size, generator=draws)
             like = generator.encode([""]).embedding
-            return cls(channels, drawn.to(like), pooled.to(like), **made)  # type: ignore[arg-type]
+            return cls(channels, drawn.to(like), pooled.to(like), **made)
         if init != "data":
             raise ValueError(f"init is {init!r}; choose 'empty', 'data' or 'random'")
         if network is None or not class_names:
@@ -146,21 +160,31 @@ class PromptBank(nn.Module):
         maps = []
         for row in range(len(class_names)):
             one = Prompts(prompts.embedding[row : row + 1], prompts.pooled[row : row + 1])
-            maps.append(network.maps(generator.generate(one, generator.noise(1, generator=draws)).to(network.weight.device)))
+            maps.append(
+                network.maps(generator.generate(one, generator.noise(1, generator=draws)).to(network.weight.device))
+            )
         best = purity_of_all(torch.cat(maps), torch.eye(channels, device=network.weight.device)).purity.argmax(0)
         best = best.to(prompts.embedding.device)
-        return cls(channels, prompts.embedding[best], prompts.pooled[best], **made)  # type: ignore[arg-type]
+        return cls(channels, prompts.embedding[best], prompts.pooled[best], **made)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a .safetensors file that `load` reads, whole or not at all."""
         state = {name: value.detach().cpu() for name, value in self.state_dict().items()}
-        _weights.write(path, _FORMAT, state, {"about": json.dumps({"channels": self.channels, "rank": self.down.shape[2]})})
+        kind = str(self.anchor.dtype).removeprefix("torch.")
+        for name in ("anchor", "pooled_anchor"):  # bfloat16 has no checksum
+            state[name] = state[name].to(self.down.dtype)
+        about = {"channels": self.channels, "rank": self.down.shape[2], "anchor": kind}
+        _weights.write(path, _FORMAT, state, {"about": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PromptBank:
         """Reads what `save` wrote."""
-        state, found = _weights.read(path, _FORMAT, wrong="holds no prompt bank; give one that `protofast prodg train` wrote")
+        state, found = _weights.read(
+            path, _FORMAT, wrong="holds no prompt bank; give one that `protofast prodg train` wrote"
+        )
         about = json.loads(found["about"])
+        for name in ("anchor", "pooled_anchor"):
+            state[name] = state[name].to(getattr(torch, about["anchor"]))
         bank = cls(about["channels"], state["anchor"], state["pooled_anchor"], rank=about["rank"])
         bank.load_state_dict(state)
         return bank

@@ -70,11 +70,15 @@ def train_classifier(
 
     Raises
     ------
-    ValueError
+    TypeError, ValueError
         Naming the argument.
     """
     if images.ndim != 4 or len(labels) != len(images) or not len(images):
-        raise ValueError(f"images and labels have shapes {tuple(images.shape)}, {tuple(labels.shape)}; give (n, c, H, W), (n,)")
+        raise ValueError(
+            f"images and labels have shapes {tuple(images.shape)}, {tuple(labels.shape)}; give (n, c, H, W), (n,)"
+        )
+    if images.dtype != torch.float32 or labels.dtype != torch.int64:
+        raise TypeError(f"images and labels are {images.dtype} and {labels.dtype}; give float32 in [0, 1], and int64")
     if channels < 2 or channels % 2:
         raise ValueError(f"channels is {channels}; give an even number")
     if epochs < 1:
@@ -114,8 +118,15 @@ def train_classifier(
 
 def save_network(path: str | os.PathLike[str], network: SplitNetwork) -> None:
     """Writes a network that `train_classifier` made; `load_network` reads it."""
-    about = {"input_shape": network.input_shape, "channels": network.channels, "names": network.names, "classes": network.classes}
-    _weights.write(path, _FORMAT, {name: value.cpu() for name, value in network.state_dict().items()}, {"about": json.dumps(about)})
+    about = {
+        "input_shape": network.input_shape,
+        "channels": network.channels,
+        "names": network.names,
+        "classes": network.classes,
+    }
+    _weights.write(
+        path, _FORMAT, {name: value.cpu() for name, value in network.state_dict().items()}, {"about": json.dumps(about)}
+    )
 
 
 def load_network(path: str | os.PathLike[str]) -> SplitNetwork:

@@ -38,7 +38,8 @@ class Concepts:
     >>> import torch
     >>> from protofast.prodg import Concepts, SplitNetwork
     >>> network = SplitNetwork(torch.nn.Conv2d(1, 4, 3), torch.randn(3, 4), torch.zeros(3), input_shape=(1, 8, 8))
-    >>> same = Concepts("none", network, torch.eye(4), network.weight, network.bias, lambda c, n, s: torch.rand(n, 1, 8, 8))
+    >>> noise = lambda channel, count, seed: torch.rand(count, 1, 8, 8)
+    >>> same = Concepts("none", network, torch.eye(4), network.weight, network.bias, noise)
     >>> images = torch.rand(2, 1, 8, 8)
     >>> torch.allclose(same.logits(network.maps(images)), network(images), atol=1e-6)
     True
@@ -58,4 +59,5 @@ class Concepts:
 
     def logits(self, maps: Tensor) -> Tensor:
         """(B, N): Σ_c W'_yc h_c + b_y."""
-        return torch.nn.functional.linear(self.activations(maps), self.weight, self.bias)
+        with torch.autocast(maps.device.type, enabled=False):
+            return torch.nn.functional.linear(self.activations(maps), self.weight, self.bias)

@@ -12,6 +12,25 @@ from .rotation import PARAMETRIZATIONS
 
 INITS = ("empty", "data", "random")
 
+_LEAST = {
+    "updates": 1,
+    "rotation_updates": 0,
+    "prompt_updates": 0,
+    "warmup": 0,
+    "channels": 1,
+    "repeats": 1,
+    "rank": 1,
+    "steps": 1,
+}
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
 
 @dataclass(frozen=True)
 class ProDGConfig:
@@ -72,14 +91,18 @@ class ProDGConfig:
     replay: bool = True
 
     def __post_init__(self) -> None:
-        for name, least in dict(updates=1, rotation_updates=0, prompt_updates=0, warmup=0, channels=1, repeats=1, rank=1, steps=1).items():
+        for name, least in _LEAST.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if not _whole(value) or value < least:
                 raise ValueError(f"{name} is {value!r}; give a whole number, at least {least}")
         for name in ("purity", "regularization", "diversity", "rotation_lr", "rotation_decay", "prompt_lr", "clip"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+            if not _number(value) or value < 0:
                 raise ValueError(f"{name} is {value!r}; give a number, at least 0")
+        if not _number(self.logvar):
+            raise ValueError(f"logvar is {self.logvar!r}; give a number")
+        if not isinstance(self.replay, bool):
+            raise ValueError(f"replay is {self.replay!r}; give True or False")
         if self.rotation_updates + self.prompt_updates == 0:
             raise ValueError("rotation_updates and prompt_updates are 0; give at least one of them")
         if self.init not in INITS:
@@ -87,7 +110,7 @@ class ProDGConfig:
         orthogonal = [name for name in PARAMETRIZATIONS if name != "invertible"]
         if self.parametrization not in orthogonal:
             raise ValueError(f"parametrization is {self.parametrization!r}; choose one of {', '.join(orthogonal)}")
-        if self.through is not None and not 1 <= self.through <= self.steps:
+        if self.through is not None and not (_whole(self.through) and 1 <= self.through <= self.steps):
             raise ValueError(f"through is {self.through}; give 1 to {self.steps} (steps), or None for all")
 
     def to_dict(self) -> dict[str, Any]:

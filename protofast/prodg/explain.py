@@ -89,7 +89,8 @@ def explain(
     >>> import torch
     >>> from protofast.prodg import Concepts, SplitNetwork, explain
     >>> network = SplitNetwork(torch.nn.Conv2d(1, 4, 3), torch.randn(3, 4), torch.zeros(3), input_shape=(1, 8, 8))
-    >>> same = Concepts("none", network, torch.eye(4), network.weight, network.bias, lambda c, n, s: torch.rand(n, 1, 8, 8))
+    >>> noise = lambda channel, count, seed: torch.rand(count, 1, 8, 8)
+    >>> same = Concepts("none", network, torch.eye(4), network.weight, network.bias, noise)
     >>> found = explain(same, torch.rand(1, 8, 8), top=2)
     >>> abs(float(found.contributions.sum()) + found.rest + found.bias - found.logit) < 1e-5
     True
@@ -114,14 +115,14 @@ def explain(
     row = concepts.weight[target]
     channels = (row * activations.clamp(min=0)).sort(descending=True, stable=True).indices[:top]
     contributions = row * activations
-    heat = channel_heat_map(maps, concepts.matrix, channels[None], size=tuple(image.shape[1:]))[0]
+    heat = channel_heat_map(maps, concepts.matrix, channels[None], size=(image.shape[1], image.shape[2]))[0]
     made = torch.stack([concepts.prototypes(int(channel), prototypes, seed) for channel in channels])
     seen = [
         channel_heat_map(
             concepts.network.maps(images.to(maps.device)),
             concepts.matrix,
             channel.repeat(len(images), 1),
-            size=tuple(images.shape[2:]),
+            size=(images.shape[2], images.shape[3]),
         )[:, 0]
         for images, channel in zip(made, channels, strict=True)
     ]
@@ -169,7 +170,7 @@ def largest_box(heat: Tensor, threshold: float = THRESHOLD) -> tuple[int, int, i
 
 
 def picture(explanation: Explanation, *, names: Sequence[str] | None = None, strength: float = 0.45) -> bytes:
-    """The grid of the paper as a PNG file: a row a channel; the image, then prototypes, under their heat maps and boxes.
+    """The grid of the paper as a PNG file: a row a channel; image and prototypes under heat maps and boxes.
 
     Parameters
     ----------
@@ -189,6 +190,7 @@ def picture(explanation: Explanation, *, names: Sequence[str] | None = None, str
     FigureCanvasAgg(figure)
     grid = figure.subplots(count, shown + 1, squeeze=False)
     name = names[explanation.predicted] if names is not None else f"class {explanation.predicted}"
+    name = name.replace("$", r"\$")  # no formula
     figure.suptitle(f"{name}, {100 * explanation.probability:.0f} %: logit {explanation.logit:.2f}", fontsize=10)
     for place in range(count):
         channel, part = int(explanation.channels[place]), float(explanation.contributions[place])
@@ -208,7 +210,9 @@ def picture(explanation: Explanation, *, names: Sequence[str] | None = None, str
             axes.imshow(scaled, cmap="jet", alpha=strength * scaled.sqrt(), vmin=0, vmax=1)
             upper, left, lower, right = box.tolist()
             axes.add_patch(
-                Rectangle((left - 0.5, upper - 0.5), right - left, lower - upper, fill=False, color="#ffd500", linewidth=1.4)
+                Rectangle(
+                    (left - 0.5, upper - 0.5), right - left, lower - upper, fill=False, color="#ffd500", linewidth=1.4
+                )
             )
             axes.set(xticks=[], yticks=[])
         grid[place][0].set_ylabel(f"channel {channel}\n{part:+.2f}", fontsize=8)

@@ -41,6 +41,34 @@ def purity_loss(maps: Tensor, matrix: Tensor, channels: Tensor) -> tuple[Tensor,
     return 1 - signed.mean(), signed.detach().clamp(min=0)
 
 
+def pure(maps: Tensor, matrix: Tensor, channels: Tensor, *, orthogonal: bool = True) -> Tensor:
+    """EPIC's purity z_c / ‖U f‖ at the pixel of the largest z_c, which may be negative: (m,).
+
+    An orthogonal U leaves ‖f‖ as it is, so a row of it is enough; of another the whole of U f is made, at that pixel
+    alone.
+
+    Parameters
+    ----------
+    maps : Tensor of shape (m, C, h, w)
+    matrix : Tensor of shape (C, C)
+    channels : int64 Tensor of shape (m,)
+    orthogonal : bool, default True
+
+    Examples
+    --------
+    >>> import torch
+    >>> from protofast.prodg.losses import pure
+    >>> pure(torch.tensor([[[[3.0]], [[4.0]]]]), 2 * torch.eye(2), torch.tensor([1]), orthogonal=False)
+    tensor([0.8000])
+    """
+    if orthogonal:
+        return channel_purity(maps, matrix, channels, rectify=False).purity
+    where = channel_purity(maps.detach(), matrix.detach(), channels, rectify=False).index
+    at = where[:, None, None].expand(-1, maps.shape[1], 1)
+    rotated = maps.flatten(2).gather(2, at)[..., 0] @ matrix.T
+    return rotated.gather(1, channels[:, None])[:, 0] / torch.linalg.vector_norm(rotated, dim=1).clamp(min=1e-8)
+
+
 def diversity_loss(maps: Tensor, repeats: int) -> Tensor:
     """Mean cosine between the pooled features of images of one channel; lower is more diverse.
 

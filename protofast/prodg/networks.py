@@ -60,7 +60,9 @@ class SplitNetwork(nn.Module):
     ) -> None:
         super().__init__()
         if weight.ndim != 2 or bias.shape != weight.shape[:1]:
-            raise ValueError(f"weight and bias have shapes {tuple(weight.shape)}, {tuple(bias.shape)}; give (N, C), (N,)")
+            raise ValueError(
+                f"weight and bias have shapes {tuple(weight.shape)}, {tuple(bias.shape)}; give (N, C), (N,)"
+            )
         self.input_shape = tuple(int(size) for size in input_shape)
         if len(self.input_shape) != 3 or min(self.input_shape) < 1:
             raise ValueError(f"input_shape is {self.input_shape}; give (channels, height, width)")
@@ -94,7 +96,9 @@ class SplitNetwork(nn.Module):
     def prepare(self, images: Tensor) -> Tensor:
         """Images (B, c, H, W) in [0, 1], of any size, as the network takes them; differentiable."""
         if images.ndim != 4 or images.shape[1] not in (1, self.input_shape[0]):
-            raise ValueError(f"images has shape {tuple(images.shape)}; {self.title} takes (B, {self.input_shape[0]}, H, W)")
+            raise ValueError(
+                f"images has shape {tuple(images.shape)}; {self.title} takes (B, {self.input_shape[0]}, H, W)"
+            )
         if tuple(images.shape[2:]) != self.input_shape[1:]:
             images = F.interpolate(images, self.input_shape[1:], mode="bilinear", antialias=True)
         return (images - self.mean) / self.std
@@ -105,7 +109,9 @@ class SplitNetwork(nn.Module):
             return self.body(self.prepare(images.float()))
 
     def logits(self, maps: Tensor) -> Tensor:
-        return F.linear(maps.mean((2, 3)), self.weight, self.bias)
+        """Logits (B, N) of feature maps; outside autocast, as the maps are."""
+        with torch.autocast(maps.device.type, enabled=False):
+            return F.linear(maps.mean((2, 3)), self.weight, self.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, N) of images in [0, 1]."""
@@ -141,8 +147,10 @@ class PooledNorm(nn.Module):
         pooled = maps.mean((2, 3), keepdim=True)
         centre = pooled.mean(1, keepdim=True)
         spread = (pooled.var(1, correction=0, keepdim=True) + self.norm.eps).rsqrt()
-        gamma, beta = (value.reshape(-1, 1, 1) for value in (self.norm.weight, self.norm.bias))
-        return (maps - centre) * spread * gamma + beta
+        out = (maps - centre) * spread
+        if self.norm.weight is not None:
+            out = out * self.norm.weight.reshape(-1, 1, 1)
+        return out if self.norm.bias is None else out + self.norm.bias.reshape(-1, 1, 1)
 
 
 class _Method(nn.Module):
@@ -184,7 +192,7 @@ def split(
     Returns
     -------
     SplitNetwork
-        In evaluation mode; it shares the model's weights.
+        In evaluation mode; it shares the model's weights, which are frozen with it.
 
     Raises
     ------
@@ -211,14 +219,16 @@ def split(
     with torch.no_grad():
         maps = features(x)
         if maps.ndim != 4 or maps.shape[1] != network.channels:
-            raise ValueError(f"the features have shape {tuple(maps.shape)}; the head takes (B, {network.channels}, h, w)")
+            raise ValueError(
+                f"the features have shape {tuple(maps.shape)}; the head takes (B, {network.channels}, h, w)"
+            )
         if own is not None:
             wanted, found = own(x), network.logits(maps)
             if not torch.allclose(wanted, found, rtol=1e-3, atol=1e-3 * float(wanted.abs().max())):
                 off = float((wanted - found).abs().max())
                 raise ValueError(
-                    f"{title}'s logits are not those of its head over the mean of its features (off by {off:.3g}); give "
-                    "a pair (features, head)"
+                    f"{title}'s logits are not those of its head over the mean of its features (off by {off:.3g}); "
+                    "give a pair (features, head)"
                 )
     return network
 
@@ -231,7 +241,7 @@ def _parts(model: Any) -> tuple[nn.Module, Any]:
         head = model.get_classifier()
         norm = getattr(getattr(model, "head", None), "norm", None)
         features: nn.Module = _Method(model, "forward_features")
-        if type(model).__name__.startswith("Swin"):
+        if getattr(model, "output_fmt", "NCHW") == "NHWC":  # Swin
             return nn.Sequential(features, _ToChannelsFirst()), head
         if isinstance(norm, nn.LayerNorm):  # ConvNeXt: normalised after pooling
             return nn.Sequential(features, PooledNorm(norm)), head
@@ -247,8 +257,8 @@ def _parts(model: Any) -> tuple[nn.Module, Any]:
         head = model.classifier[-1]
         return (nn.Sequential(model.features, PooledNorm(norms[0])) if norms else model.features), head
     raise TypeError(
-        f"model is a {type(model).__name__}, of no known kind; give a pair (features, head): a module that gives (B, C, h, "
-        "w), and the torch.nn.Linear over its mean"
+        f"model is a {type(model).__name__}, of no known kind; give a pair (features, head): a module that gives "
+        "(B, C, h, w), and the torch.nn.Linear over its mean"
     )
 
 

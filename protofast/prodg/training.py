@@ -307,7 +307,7 @@ class _Run:
         self._note("dead", (purity == 0).double().mean())
 
     def _note(self, name: str, value: Tensor) -> None:
-        self.sums.setdefault(name, []).append(float(value))
+        self.sums.setdefault(name, []).append(float(value.detach()))
 
     def keep(self, path: Path, made_by: Mapping[str, Any]) -> None:
         state = {
