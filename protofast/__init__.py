@@ -27,7 +27,7 @@ from .prototype import (
 from .selection import Selection, farthest_pair, k_center, k_dispersion, k_medoids
 
 if TYPE_CHECKING:
-    from . import data, diffusers, diffusion, nn, patronus, pxgen, selection
+    from . import data, diffusers, diffusion, nn, patronus, prodg, pxgen, selection
 
 _LAZY = (
     "data",
@@ -35,6 +35,7 @@ _LAZY = (
     "diffusion",
     "nn",
     "patronus",
+    "prodg",
     "pxgen",
 )  # their imports cost time that `import protofast` must not pay
 
@@ -72,6 +73,7 @@ __all__ = [
     "k_medoids",
     "nn",
     "patronus",
+    "prodg",
     "prototype_activation",
     "prototype_distance",
     "prototype_map",

@@ -63,7 +63,7 @@ def channel_purity(
         ``purity`` is float32 (float64 for float64 input), of the channels' shape, and differentiable (twice too) in
         features and rotation, at the winning pixel alone. Where no z is above 0 it is 0, with gradient 0. ``index`` is
         flat over the pixels, row-major, and the same on every backend: z is compared in float64, ties go to the lowest
-        index, a NaN wins. A length below 1e-8 counts as 1e-8.
+        index, a NaN wins. A length below 1e-8 counts as 1e-8; a pixel of length 0 has purity 0 and gradient 0.
 
     Raises
     ------
@@ -194,6 +194,7 @@ def channel_heat_map(
     size : (H, W), optional
         Bilinear to that size, such as the image's.
     backend : str, optional
+        All of them run the same products of torch.
 
     Returns
     -------
@@ -218,11 +219,16 @@ def channel_heat_map(
     _check_channels(channels, features)
     if channels.ndim != 2:
         raise ValueError(f"channels has shape {tuple(channels.shape)}; give (B, m), the rows for each image")
+    if size is not None and (not isinstance(size, tuple | list) or len(size) != 2 or any(_no_side(n) for n in size)):
+        raise ValueError(f"size is {size!r}; give (H, W), both at least 1")
+    if backend is not None:
+        overload("channel_purity", features.device.type, backend)  # says so where there is none
     wide = torch.promote_types(features.dtype, torch.float32)
     features = features.to(wide)
+    rows = rotation.index_select(0, channels.flatten()).to(wide)  # which refuses -1, as indexing would not
     with torch.autocast(features.device.type, enabled=False):
-        z = torch.bmm(rotation.to(wide)[channels], features.flatten(2)).unflatten(2, features.shape[2:])
-    maps = z.relu()
+        z = torch.bmm(rows.reshape(*channels.shape, rotation.shape[1]), features.flatten(2))
+    maps = z.relu().reshape(*channels.shape, *features.shape[2:])
     maps = maps / (_lengths(features)[:, None] + FLOOR) * (maps / (maps.amax((2, 3), keepdim=True) + FLOOR))
     if size is None:
         return maps
@@ -346,6 +352,10 @@ def _largest(features: Tensor, rows: Tensor, backend: str | None, *, verify: boo
     """max over the pixels of rows·f, and where."""
     distance, index = prototype_distance(features, rows, metric="dot", verify=verify, backend=backend)
     return -distance, index
+
+
+def _no_side(number: Any) -> bool:
+    return isinstance(number, float) or number < 1
 
 
 def _lengths(features: Tensor) -> Tensor:

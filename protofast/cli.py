@@ -15,6 +15,7 @@ COMMANDS = {  # name: (module, function or typer.Typer); modules import nothing 
     "select": ("protofast.selection.command", "select"),
     "ddim": ("protofast.ddpm.command", "ddim"),
     "patronus": ("protofast.patronus.commands", "app"),
+    "prodg": ("protofast.prodg.commands", "app"),
     "bench": ("protofast.bench.command", "bench"),
 }
 

@@ -97,7 +97,7 @@ void purity_factors(const ChannelPurityGradient& args, PurityFactor* factors, in
     }
     const double* const f = rows.pixel(pair, args.index[pair]);
     const double length = std::sqrt(dot(f, f, args.of.channels)), inverse = 1 / std::max(length, PURITY_FLOOR);
-    factors[pair] = {static_cast<const Real*>(args.grad)[pair] * inverse, 0};
+    factors[pair] = {length == 0 ? 0 : static_cast<const Real*>(args.grad)[pair] * inverse, 0};
     if (args.to_x.data && !(length < PURITY_FLOOR))
       factors[pair].pull = dot(rows.row(pair), f, args.of.channels) * inverse * inverse;
   }

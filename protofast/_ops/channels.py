@@ -64,8 +64,8 @@ def purity_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Both gradients, or an empty tensor for one that is not wanted; itself differentiable. Touches one pixel a pair.
 
-    dP/df = (u − P f/|f|)/|f| and dP/du = f/|f|; where |f| is below FLOOR, a constant takes its place. Rectified, a
-    purity of 0 has none. In float64, rounded once.
+    dP/df = (u − P f/|f|)/|f| and dP/du = f/|f|; where |f| is below FLOOR, a constant takes its place. Where it is 0,
+    and rectified where the purity is 0, there is none. In float64, rounded once.
     """
     batch, count, *sizes = features.shape
     pixels = index.numel() // batch if batch else 0
@@ -75,12 +75,15 @@ def purity_gradients(
     coordinates = [axis[..., 0] for axis in patch_pixels(index, sizes, [1] * len(sizes))]
     f = features[(sample, slice(None), *coordinates)].double()  # (B, m, C)
     u = rotation.index_select(0, channels.flatten()).double().reshape(batch, pixels, count)
+    grad = grad.double().reshape(batch, pixels, 1)
+    counts = f.square().sum(2, keepdim=True) != 0
+    if rectify:
+        counts = counts & ~(purity.reshape(grad.shape) <= 0)
+    # What has no gradient becomes a finite 0 at once, so that no NaN of it reaches a second derivative.
+    f, u, grad = (torch.where(counts, given, 0) for given in (f, u, grad))
     square = f.square().sum(2, keepdim=True)
     free = ~(square < FLOOR**2)
     inverse = torch.where(free, torch.where(free, square, 1).rsqrt(), 1 / FLOOR)
-    grad = grad.double().reshape(batch, pixels, 1)
-    if rectify:
-        grad = torch.where(purity.reshape(grad.shape) <= 0, 0, grad)
     grad = grad * inverse
     grad_features, grad_rotation = features.new_empty(0), rotation.new_empty(0)
     add = torch.ops.protofast.prototype_scatter.reference  # in a fixed order

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from .._optional import need
+from .._report.page import command_of, embedded, render, settings
+from .._report.page import results as _results
+from .._report.section import RESULT as RESULT
 from .model import read_config
 
 ORDER = ("prototypes", "emergence", "generate", "diagnose", "evaluate", "latent")
 """Of the sections on the page; what else there is comes after them."""
 
-RESULT, LOG = "result.json", "log.jsonl"
-_FORMAT = "protofast-patronus-"
-_WIDE = 700
-"""Pixels from which a picture would be too small on a telephone, and is scrolled there."""
+LOG = "log.jsonl"
+_LEAD = (
+    "A diffusion model draws images from noise. This one is told, for each image, how strongly each of its {} "
+    "prototypes is seen in it. A prototype is a small piece of an image that the model found by itself, without labels, "
+    "to be worth telling; so it can be asked what they are, where they are, and when in drawing they appear."
+)
 
 
 def to_html(run: str | os.PathLike[str], *, missing: Mapping[str, str] | None = None) -> str:
@@ -60,41 +64,23 @@ def to_html(run: str | os.PathLike[str], *, missing: Mapping[str, str] | None = 
     config = read_config(folder)
     about = config.pop("about", {})
     contents = results(folder)
-    jinja2 = need("jinja2", "patronus")
-    templates = jinja2.Environment(
-        loader=jinja2.PackageLoader("protofast.patronus"),
-        autoescape=True,
-        trim_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return (
-        templates.get_template("report.html.j2")
-        .render(
-            css=_style(),
-            headline=headline(config, about, contents),
-            kicker=_kicker(folder, config, about),
-            config=config,
-            missing=missing or {},
-            parts=[_part(folder / name, content, place) for place, (name, content) in enumerate(contents.items(), 1)],
-            training=_training(folder / LOG),
-            model=[*_settings(config), *_settings(about)],
-        )
-        .lstrip()
+    return render(
+        folder,
+        contents,
+        extra="patronus",
+        headline=headline(config, about, contents),
+        kicker=_kicker(folder, config, about),
+        lead=_LEAD.format(config["num_prototypes"]),
+        method="Patronus, interpretable diffusion models with prototypes (arXiv 2503.22782)",
+        training=_training(folder / LOG),
+        model=[*settings(config), *settings(about)],
+        missing=missing,
     )
 
 
 def results(run: Path) -> dict[str, dict[str, Any]]:
     """Folder to content of every complete `result.json` in a run, in the order of the page."""
-    found = {}
-    for path in sorted(run.glob(f"*/{RESULT}")):
-        try:
-            content = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}); delete it and run its command again") from None
-        if isinstance(content, dict) and str(content.get("format", "")).startswith(_FORMAT):
-            found[path.parent.name] = content
-    places = {name: place for place, name in enumerate(ORDER)}
-    return dict(sorted(found.items(), key=lambda item: (places.get(_command(item[1]), len(ORDER)), item[0])))
+    return _results(run, "patronus", ORDER)
 
 
 def headline(config: Mapping[str, Any], about: Mapping[str, Any], contents: Mapping[str, Mapping[str, Any]]) -> str:
@@ -114,101 +100,17 @@ def headline(config: Mapping[str, Any], about: Mapping[str, Any], contents: Mapp
     of = f" of {about['data']}" if about.get("data") else ""
     count = config["num_prototypes"]
     for content in contents.values():
-        names = content["numbers"].get("names", []) if _command(content) == "prototypes" else []
+        names = content["numbers"].get("names", []) if command_of(content, "patronus") == "prototypes" else []
         if named := sum(bool(name["what"]) for name in names):
             return f"{named} of {count} prototypes{of} can be named by what activates them"
     return f"{count} prototypes{of}, and what is known of them"
-
-
-def _command(content: Mapping[str, Any]) -> str:
-    return str(content["format"]).removeprefix(_FORMAT).rpartition("-")[0]
 
 
 def _kicker(folder: Path, config: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     channels, height, width = config["image_shape"]
     shape = f"{'grey' if channels == 1 else 'colour' if channels == 3 else f'{channels}-channel'} images"
     words = [str(about["data"])] if about.get("data") else []
-    return " · ".join([*words, f"{shape} of {height} × {width}", folder.resolve().name])
-
-
-def _part(folder: Path, content: Mapping[str, Any], place: int) -> dict[str, Any]:
-    settings = [*_settings(content["settings"]), ("versions", _shown(content["versions"]))]
-    return {
-        "anchor": f"section-{place}",
-        "title": content["title"],
-        "findings": content["findings"],
-        "tables": [_table(table) for table in content["tables"]],
-        "pictures": [_picture(folder, picture) for picture in content["pictures"]],
-        "settings": [*settings, ("folder", folder.name)],
-    }
-
-
-def _table(table: Mapping[str, Any]) -> dict[str, Any]:
-    numbers = [
-        any(_is_number(row[place]) for row in table["rows"])
-        and all(row[place] is None or _is_number(row[place]) for row in table["rows"])
-        for place in range(len(table["columns"]))
-    ]
-    return {
-        "title": table["title"],
-        "columns": [{"name": name, "number": number} for name, number in zip(table["columns"], numbers, strict=True)],
-        "rows": [[_shown(cell) for cell in row] for row in table["rows"]],
-    }
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _picture(folder: Path, picture: Mapping[str, str]) -> dict[str, Any]:
-    path = folder / picture["file"]
-    if Path(picture["file"]).name != picture["file"]:
-        raise ValueError(f"{folder / RESULT} names the picture {picture['file']!r}; it must be a file of that folder")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file, though {RESULT} names it; run the command again")
-    return _embedded(path.read_bytes(), picture["title"], picture.get("caption", ""), str(path))
-
-
-def _embedded(png: bytes, title: str, caption: str, name: str) -> dict[str, Any]:
-    if not png.startswith(b"\x89PNG\r\n\x1a\n") or len(png) < 24:
-        raise ValueError(f"{name} is no PNG file; run the command again")
-    width, height = (int.from_bytes(png[place : place + 4], "big") for place in (16, 20))
-    source = "data:image/png;base64," + base64.b64encode(png).decode()
-    return {
-        "title": title,
-        "caption": caption,
-        "source": source,
-        "width": width,
-        "height": height,
-        "wide": width > _WIDE,
-    }
-
-
-def _settings(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for name, value in values.items():
-        yield name.replace("_", " "), _shown(value)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_shown(item)}" for key, item in value.items()) or "–"
-    if isinstance(value, list | tuple):
-        return ", ".join(f"({_shown(item)})" if isinstance(item, list) else _shown(item) for item in value) or "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, int):
-        return f"{value:,}" if abs(value) >= 10_000 else str(value)
-    return "–" if value is None or value == "" else str(value)
-
-
-def _style() -> Any:
-    from importlib.resources import files
-
-    from markupsafe import Markup
-
-    return Markup(files("protofast.patronus").joinpath("templates/report.css").read_text(encoding="utf-8"))
+    return " · ".join(["Patronus report", *words, f"{shape} of {height} × {width}", folder.resolve().name])
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -235,7 +137,7 @@ def _training(path: Path) -> dict[str, Any] | None:
     if shares := [row["prototype_share"] for row in rows if row.get("prototype_share") is not None]:
         text += f"; {100 * _mean(shares):.1f} % of the time went into the prototype layer"
     caption = "Loss of the denoiser by update: each logged value, and in blue their running mean."
-    return {"text": text + ".", "picture": _embedded(_curve(updates, losses), "", caption, LOG)}
+    return {"text": text + ".", "picture": embedded(_curve(updates, losses), "", caption, LOG)}
 
 
 def _mean(values: list[float]) -> float:

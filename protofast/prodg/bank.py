@@ -156,6 +156,8 @@ class PromptBank(nn.Module):
             raise ValueError(f"init is {init!r}; choose 'empty', 'data' or 'random'")
         if network is None or not class_names:
             raise ValueError("init is 'data'; give network and class_names")
+        if channels != network.channels:
+            raise ValueError(f"channels is {channels}; the network has {network.channels}")
         prompts = generator.encode(list(class_names))
         maps = []
         for row in range(len(class_names)):

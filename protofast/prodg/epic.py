@@ -78,6 +78,14 @@ class EPICConfig:
         return int(max(self.fewest, self.most - (self.most - self.fewest) / self.stages * stage))
 
 
+EPIC_PRESETS = {
+    "paper": EPICConfig(),
+    "cpu": EPICConfig(parametrization="cayley"),
+    "few": EPICConfig(stages=5, epochs=2, most=10, batch=1024, parametrization="cayley"),
+}
+"""The release's settings; the same with the cheaper rotation; and some for tens of images in place of thousands."""
+
+
 @dataclass
 class EPIC:
     """A frozen classifier's channels, rotated, and the real images that show each of them.
@@ -142,9 +150,7 @@ class EPIC:
             raise ValueError(f"{folder} is of other images than {images.source}; give those that it was trained on")
         config = EPICConfig(**content["config"])
         if state["ids"].shape[1] != network.channels:
-            raise ValueError(
-                f"{folder} is of {state['ids'].shape[1]} channels, and the network has {network.channels}"
-            )
+            raise ValueError(f"{folder} is of {state['ids'].shape[1]} channels, and the network has {network.channels}")
         rotation = Rotation(network.channels, parametrization=config.parametrization)
         ids = state.pop("ids")
         rotation.load_state_dict({name.removeprefix("rotation."): value for name, value in state.items()})

@@ -214,12 +214,16 @@ def deletion_insertion(
         predicted = logits.argmax(1, keepdim=True)
         score = concepts.weight[predicted[:, 0]] * values.clamp(min=0)
         parts, channels = score.topk(top, dim=1)
-        heat = channel_heat_map(maps, concepts.matrix, channels, size=tuple(pictures.shape[2:]))
+        heat = channel_heat_map(maps, concepts.matrix, channels, size=(pictures.shape[2], pictures.shape[3]))
         heat = (heat * parts.clamp(min=0)[:, :, None, None]).sum(1).flatten(1)
         noise = torch.rand(heat.shape, generator=generator).to(heat.device)
         mean = pictures.mean((2, 3), keepdim=True).expand_as(pictures)
         for place, order in enumerate((heat, noise)):
-            rank = order.argsort(dim=1, descending=True, stable=True).argsort(dim=1).unflatten(1, pictures.shape[2:])[:, None]
+            rank = (
+                order.argsort(dim=1, descending=True, stable=True)
+                .argsort(dim=1)
+                .unflatten(1, pictures.shape[2:])[:, None]
+            )
             for at, (first, second) in ((place, (mean, pictures)), (2 + place, (pictures, mean))):
                 curve = []
                 for step in range(steps + 1):

@@ -204,10 +204,10 @@ def picture(explanation: Explanation, *, names: Sequence[str] | None = None, str
             )
         )
         for axes, (image, heat, box) in zip(grid[place], row, strict=True):
-            grey = len(image) == 1
-            axes.imshow(image[0] if grey else image.permute(1, 2, 0), cmap="gray" if grey else None, vmin=0, vmax=1)
-            scaled = heat / heat.max().clamp(min=1e-12)
-            axes.imshow(scaled, cmap="jet", alpha=strength * scaled.sqrt(), vmin=0, vmax=1)
+            pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
+            axes.imshow(pixels.float().numpy(), cmap="gray", vmin=0, vmax=1)
+            scaled = (heat / heat.max().clamp(min=1e-12)).numpy()
+            axes.imshow(scaled, cmap="jet", alpha=strength * np.sqrt(scaled), vmin=0, vmax=1)
             upper, left, lower, right = box.tolist()
             axes.add_patch(
                 Rectangle(

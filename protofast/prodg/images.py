@@ -19,7 +19,9 @@ def as_dataset(images: Dataset | Tensor) -> Dataset:
     if isinstance(images, Dataset):
         return images
     if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
-        found = f"{images.dtype} of shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        found = (
+            f"{images.dtype} of shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        )
         raise TypeError(f"images is {found}; give a protofast.data.Dataset, or a floating-point tensor (n, c, H, W)")
     return Dataset(images.cpu().numpy(), source="images")
 

@@ -58,6 +58,9 @@ class InfoDisentConfig:
                 raise ValueError(f"{name} is {value!r}; give a whole number, at least 1")
 
 
+INFODISENT_PRESETS = {"paper": InfoDisentConfig(), "cpu": InfoDisentConfig(parametrization="cayley")}
+
+
 @dataclass
 class InfoDisent:
     """A frozen backbone under a rotation and a head of its own: unlike ProDG's and EPIC's, its logits are new.
@@ -199,7 +202,9 @@ def train_infodisent(
                 logits, wanted = F.linear(pooled, head.relu()), labels[ids].to(device)
                 loss = F.cross_entropy(logits, wanted) + config.sparsity * head.relu().mean()
                 if not bool(loss.isfinite()):
-                    raise FloatingPointError(f"the loss is {float(loss)} in epoch {epoch + 1}; lower the learning rates")
+                    raise FloatingPointError(
+                        f"the loss is {float(loss)} in epoch {epoch + 1}; lower the learning rates"
+                    )
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -27,7 +27,13 @@ from .losses import diversity_loss, purity_loss
 from .networks import SplitNetwork, compensate
 from .rotation import Rotation
 
-CHECKPOINT, CONFIG, LOG, ROTATION, BANK = "checkpoint.pt", "config.json", "log.jsonl", "rotation.safetensors", "bank.safetensors"
+CHECKPOINT, CONFIG, LOG, ROTATION, BANK = (
+    "checkpoint.pt",
+    "config.json",
+    "log.jsonl",
+    "rotation.safetensors",
+    "bank.safetensors",
+)
 LOG_EVERY = 20
 _FORMAT = "protofast-prodg-1"
 _CURE = "give a folder that `protofast prodg train` wrote"
@@ -71,6 +77,20 @@ class ProDG:
         weight = compensate(self.network.weight, self.rotation)
         return Concepts("prodg", self.network, self.rotation().detach(), weight, self.network.bias, self.prototypes)
 
+    def start(self, *, seed: int = 0) -> ProDG:
+        """As it was before any update: no rotation, every prompt at its anchor."""
+        bank = PromptBank(
+            self.network.channels,
+            self.bank.anchor,
+            self.bank.pooled_anchor,
+            rank=self.config.rank,
+            logvar=self.config.logvar,
+            seed=seed,
+        )
+        rotation = Rotation(self.network.channels, parametrization=self.config.parametrization)
+        rotation = rotation.to(self.network.weight.device)
+        return ProDG(self.network, self.generator, rotation, bank, self.config)
+
     def save(self, folder: str | os.PathLike[str], **about: Any) -> None:
         """Writes rotation, bank, log and settings into a folder; network and generator have files of their own."""
         folder = Path(folder)
@@ -80,7 +100,9 @@ class ProDG:
         with replacing(folder / LOG) as file:
             file.write("".join(json.dumps(row) + "\n" for row in self.history).encode())
         with replacing(folder / CONFIG) as file:  # last: with it the folder is complete
-            file.write(json.dumps({"format": _FORMAT, "config": self.config.to_dict(), "about": about}, indent=1).encode())
+            file.write(
+                json.dumps({"format": _FORMAT, "config": self.config.to_dict(), "about": about}, indent=1).encode()
+            )
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], network: SplitNetwork, generator: Generator) -> ProDG:
@@ -277,7 +299,11 @@ class _Run:
             maps = self._maps(part, draws)
             loss, purity = purity_loss(maps, self.matrix, part.repeat_interleave(config.repeats).to(maps.device))
             regularization, diversity = bank.regularization(part), diversity_loss(maps, config.repeats)
-            total = config.purity * loss + config.diversity * diversity + config.regularization * regularization.to(maps.device)
+            total = (
+                config.purity * loss
+                + config.diversity * diversity
+                + config.regularization * regularization.to(maps.device)
+            )
             self._check(total, purity)
             (total * (len(part) / len(channels))).backward()
             self._note("regularization", regularization)
@@ -331,7 +357,9 @@ class _Run:
         if not state:
             return
         if state["made_by"] != json.dumps(made_by):
-            raise FileExistsError(f"{path.parent} holds a training of other settings; give another folder, or delete it")
+            raise FileExistsError(
+                f"{path.parent} holds a training of other settings; give another folder, or delete it"
+            )
         self.done, self.seconds, self.sums = state["done"], state["seconds"], state["sums"]
         self.result.history = state["history"]
         device = self.result.network.weight.device
@@ -361,5 +389,9 @@ def _draws(seed: int, stream: int, number: int) -> torch.Generator:
 
 def _name(model: Any) -> str:
     """A name for a model by its weights: a sum of each would do, were it not for permutations."""
-    weights = [value.detach().flatten() for value in (*model.parameters(), *model.buffers())] if isinstance(model, nn.Module) else []
+    weights = (
+        [value.detach().flatten() for value in (*model.parameters(), *model.buffers())]
+        if isinstance(model, nn.Module)
+        else []
+    )
     return f"{type(model).__name__} {digest(torch.cat([value.double().cpu() for value in weights])) if weights else ''}"

@@ -143,7 +143,7 @@ def factors_kernel(
     length = tl.sqrt(tl.sum(square, 0))
     below = length < _FLOOR
     inverse = 1 / tl.where(below, _FLOOR, length)
-    gain = _double(tl.load(grad + pair)) * inverse
+    gain = tl.where(length == 0, 0.0, _double(tl.load(grad + pair)) * inverse)
     if RECTIFY:
         gain = tl.where(tl.load(purity + pair) <= 0, 0.0, gain)
     tl.store(scale + pair, tl.where(there, gain, 0.0))
@@ -230,7 +230,7 @@ def rotation_kernel(
     real = c < channels
     c = c.to(tl.int64)
     total = tl.zeros([BK], tl.float64)
-    for i in range(tl.load(starts + r), tl.load(starts + r + 1)):
+    for i in range(tl.load(starts + r), tl.load(starts + (r + 1))):
         pair = tl.load(order + i)
         factor = tl.load(scale + pair)
         if factor != 0:

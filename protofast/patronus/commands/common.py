@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import platform
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ..._report.section import Section as _Section
+from ..._report.section import ready as _ready
+from ..._report.section import tell as tell
 
 if TYPE_CHECKING:
     from ...data import Dataset
@@ -33,64 +31,14 @@ NAMED = ("digits", "mnist", "fashion-mnist", "cifar10", "celeba", "ffhq", "chexp
 """Data sets that are known by name."""
 
 
-@dataclass
-class Section:
-    """A part of the report: what a command found, in words, tables, pictures and numbers.
-
-    `name` is that of the command. Tables are {"title", "columns", "rows"}; pictures are {"file", "title", "caption"},
-    with the PNG in `files` under "file".
-    """
-
-    name: str
-    title: str
-    findings: list[str] = field(default_factory=list)
-    tables: list[dict[str, Any]] = field(default_factory=list)
-    pictures: list[dict[str, str]] = field(default_factory=list)
-    numbers: dict[str, Any] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
-    files: dict[str, bytes] = field(default_factory=dict)
-
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        self.tables.append({"title": title, "columns": list(columns), "rows": [list(row) for row in rows]})
-
-    def picture(self, file: str, png: bytes, title: str, caption: str = "") -> None:
-        self.pictures.append({"file": file, "title": title, "caption": caption})
-        self.files[file] = png
-
-    def write(self, folder: Path) -> Path:
-        """Writes the pictures, and then `result.json`: with it the folder is complete."""
-        from ..._files import replacing
-
-        result = folder / "result.json"
-        with suppress(FileNotFoundError):
-            result.unlink()
-        for name, picture in self.files.items():
-            with replacing(folder / name) as file:
-                file.write(picture)
-        content: dict[str, Any] = {"format": format_of(self.name), "title": self.title, "versions": versions()}
-        content |= {"settings": self.settings, "findings": self.findings, "tables": self.tables}
-        content |= {"pictures": self.pictures, "numbers": self.numbers}
-        with replacing(result) as file:
-            file.write(json.dumps(_finite(content), indent=1, allow_nan=False).encode())
-        return result
-
-
-def format_of(name: str) -> str:
-    return f"protofast-patronus-{name}-1"
+class Section(_Section):
+    system = "patronus"
+    libraries = ("diffusers",)
 
 
 def ready(run: Path, out: Path | None, name: str) -> Path:
     """The folder of a command's results; fails now where they could not be written after all the work."""
-    folder = out or run / name
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise NotADirectoryError(f"{there} is a file; give a folder for the results")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(f"{there} cannot be written to; give another folder for the results")
-    result = folder / "result.json"
-    if result.exists() and format_of(name) not in result.read_text(errors="replace"):
-        raise FileExistsError(f"{result} is of another command; give another folder for the results")
-    return folder
+    return _ready(out or run / name, Section.system, name)
 
 
 def open_run(run: Path, device: str | None = None) -> tuple[Patronus, dict[str, Any]]:
@@ -168,31 +116,3 @@ def class_of(source: Dataset, wanted: str | int, option: str) -> int:
     if not str(wanted).isdigit() or int(wanted) not in source.labels:
         raise ValueError(f"{option} is {wanted!r}; choose one of {', '.join(known)}, or its number")
     return int(wanted)
-
-
-def versions() -> dict[str, str]:
-    import torch
-
-    from ... import __version__
-    from ..._optional import need
-
-    found = {"protofast": str(__version__), "torch": str(torch.__version__), "python": platform.python_version()}
-    return found | {"diffusers": need("diffusers", "patronus").__version__}
-
-
-def tell(section: Section, result: Path) -> None:
-    """Says on stdout what was found, and where the rest is."""
-    for line in section.findings:
-        typer.echo(line)
-    typer.echo(f"Results: {result.parent.resolve()}")
-
-
-def _finite(value: Any) -> Any:
-    """null for what JSON has no number for."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(part) for key, part in value.items()}
-    return [_finite(part) for part in value] if isinstance(value, (list, tuple)) else value

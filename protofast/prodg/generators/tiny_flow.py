@@ -116,9 +116,7 @@ class TinyFlow(nn.Module):
         self.register_buffer("basis", torch.zeros(latents, pixels))
         self.register_buffer("spread", torch.ones(latents))
         self.prompt = nn.Linear(tokens * token_size + pooled_size, _CONDITION)
-        self.time = nn.Sequential(
-            nn.Linear(2 * _FREQUENCIES, _CONDITION), nn.SiLU(), nn.Linear(_CONDITION, _CONDITION)
-        )
+        self.time = nn.Sequential(nn.Linear(2 * _FREQUENCIES, _CONDITION), nn.SiLU(), nn.Linear(_CONDITION, _CONDITION))
         self.join = nn.Sequential(nn.SiLU(), nn.Linear(_CONDITION, _CONDITION), nn.SiLU())
         self.enter = nn.Linear(latents, width)
         self.blocks = nn.ModuleList(_Block(width, _CONDITION) for _ in range(blocks))
@@ -285,8 +283,8 @@ def _learn(
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=updates, pct_start=0.1)
     traits = min(TRAITS, latents.shape[1])
     tokens, pooled = flow.texts[0], flow.pooled_texts[0]
-    looks, pooled_looks = torch.randn(traits, tokens.numel() + len(pooled)).div(traits**0.5).split(
-        [tokens.numel(), len(pooled)], 1
+    looks, pooled_looks = (
+        torch.randn(traits, tokens.numel() + len(pooled)).div(traits**0.5).split([tokens.numel(), len(pooled)], 1)
     )
     for update in range(updates):
         rows = torch.randint(len(latents), (BATCH,))

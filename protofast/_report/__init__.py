@@ -1,0 +1,1 @@
+"""What commands find, as sections in folders; and an HTML page that gathers them."""
