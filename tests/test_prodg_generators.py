@@ -1,13 +1,14 @@
 """Pipelines of diffusers as generators: their own images, with gradients. All of tiny models with random weights."""
 
 import functools
+import gc
+import subprocess
 import sys
 import weakref
 
 import pytest
 import torch
 from helpers.errors import unit
-from helpers.fresh import run_fresh
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -138,7 +139,9 @@ def own_call(generator, prompts, noise, steps, **options):
     given = {"prompt_embeds": prompts.embedding.detach(), "height": SIZE, "width": SIZE, "output_type": "pt"}
     if generator.pooled_size:
         given["pooled_prompt_embeds"] = prompts.pooled.detach()
-    given = {name: part.to(generator._predictor.dtype) if torch.is_tensor(part) else part for name, part in given.items()}
+    given = {
+        name: part.to(generator._predictor.dtype) if torch.is_tensor(part) else part for name, part in given.items()
+    }
     latents = noise.to(generator._predictor.dtype)
     return generator.pipeline(num_inference_steps=steps, latents=latents, **given, **options).images
 
@@ -187,12 +190,16 @@ def test_flux_gives_the_images_of_its_own_call(case, steps):
     images = generator.generate(prompts, noise, steps=steps)
     expected = own_call(generator, prompts, noise, steps, guidance_scale=2.0)
     assert torch.equal(images, expected)  # the same operations in the same order
-    assert bool(((images == 0) | (images == 1)).any()) == loud
+    if loud:
+        assert bool((images == 0).any())
+        assert bool((images == 1).any())
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
-@pytest.mark.parametrize("more", [{}, {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}], ids=["ε", "v"])
+@pytest.mark.parametrize(
+    "more", [{}, {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}], ids=["ε", "v"]
+)
 def test_stable_diffusion_gives_the_images_of_its_own_call(more, guidance, steps):
     pipeline = functools.partial(stable_diffusion_pipeline, **more)
     generator = build("stable diffusion", pipeline=pipeline, guidance=guidance)
@@ -211,9 +218,10 @@ def test_stable_diffusion_by_ddim_is_the_euler_scheduler_of_the_same_timesteps()
     scheduler = generator.pipeline.scheduler
     scheduler.set_timesteps(4)
     # The same start: Euler's latents are larger by √(σ² + 1), and its call multiplies by init_noise_sigma.
-    expected = own_call(generator, prompts, noise * (scheduler.sigmas[0] ** 2 + 1).sqrt() / scheduler.init_noise_sigma, 4)
-    # Euler's latents are float32: rounded a step at a size of at most σ, the last times brought to 1 by the VAE.
-    assert float((images - expected).abs().max()) < 1e3 * unit(torch.float32)
+    start = noise * (scheduler.sigmas[0] ** 2 + 1).sqrt() / scheduler.init_noise_sigma
+    expected = own_call(generator, prompts, start, 4, guidance_scale=1.0)
+    # Euler's sigmas and latents are float32, the latter of a size of σ = 15: a few roundings of that.
+    assert float((images.detach() - expected).abs().max()) < 16 * unit(torch.float32)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7])
@@ -259,7 +267,7 @@ def test_gradients_are_those_of_finite_differences(family):
     found = gradients(generator, prompts, noise, weights)
     assert len(found) == (2 if family == "flux" else 1)
     # FLUX rotates queries and keys in float32, whatever it is given, so its differences have to be larger.
-    step, error = (1e-2, 1e-4) if family == "flux" else (1e-4, 1e-6)
+    step, error = (3e-2, 1e-5) if family == "flux" else (1e-3, 1e-9)
     for which, gradient in enumerate(found):
         assert bool(gradient.isfinite().all())
         assert float(gradient.abs().amax(tuple(range(1, gradient.ndim))).min()) > 0, "of every image"
@@ -273,6 +281,18 @@ def test_gradients_are_those_of_finite_differences(family):
                 ends.append(float((generator.generate(Prompts(*moved), noise) * weights).sum()))
         slope = (ends[0] - ends[1]) / (2 * step)
         assert abs(slope - float((gradient * direction).sum())) < error * float(gradient.norm())
+
+
+@family
+def test_saturated_pixels_keep_the_gradient_that_leads_back(family):
+    generator = build(family)
+    generator.pipeline.vae.decoder.conv_out.weight *= 20
+    prompts, noise = draw(generator)
+    images = generator.generate(prompts, noise)
+    white, black = images[images == 1].sum(), images[images == 0].sum()
+    for loss, leads_back in ((white, True), (-white, False), (-black, True), (black, False)):
+        gradient = torch.autograd.grad(loss, prompts.embedding, retain_graph=True)[0]
+        assert bool(gradient.any()) == leads_back
 
 
 def by_hand(generator, prompts, noise, steps, cut):
@@ -294,7 +314,9 @@ def by_hand(generator, prompts, noise, steps, cut):
             output = pipeline.unet(latents, timestep, prompts.embedding).sample
         latents = scheduler.step(output, timestep, latents).prev_sample
     if generator.pooled_size:
-        latents = latents.unflatten(1, (4, 4)).unflatten(3, (4, 2, 2)).permute(0, 3, 1, 4, 2, 5).flatten(2, 3).flatten(3)
+        latents = (
+            latents.unflatten(1, (4, 4)).unflatten(3, (4, 2, 2)).permute(0, 3, 1, 4, 2, 5).flatten(2, 3).flatten(3)
+        )
     config = pipeline.vae.config
     return saturate(pipeline.vae.decode(latents / config.scaling_factor + (config.shift_factor or 0)).sample / 2 + 0.5)
 
@@ -338,7 +360,7 @@ def test_checkpoints_change_memory_and_no_gradient(family):
         generator = build(family, gradient_checkpointing=checkpointing)
         prompts, noise = draw(generator)
         model = generator._predictor
-        block = model.transformer_blocks[0] if family == "flux" else model.down_blocks[1].resnets[0]
+        block = model.transformer_blocks[0] if family == "flux" else model.up_blocks[0].resnets[0]
         counts[checkpointing] = []
         for module in (block, generator.pipeline.vae.decoder.up_blocks[0]):
             calls: list[int] = []
@@ -372,17 +394,25 @@ def test_models_stay_frozen(family):
 @family
 def test_text_encoders_can_go_once_their_work_is_done(family):
     generator = build(family)
-    prompts = generator.encode(["a bird"])
+    texts = ["a bird", "", "boot"]
+    prompts = generator.encode(texts)
     names = generator._encoders
     encoders = [weakref.ref(getattr(generator.pipeline, name)) for name in names]
-    noise = generator.noise(1)
+    noise = generator.noise(3)
     before = generator.generate(prompts, noise)
-    generator.release_text_encoders()
+    generator.release_text_encoders(texts)
+    gc.collect()
     assert [encoder() for encoder in encoders] == [None] * len(names), "nothing keeps them"
     assert torch.equal(generator.generate(prompts, noise), before)
-    with pytest.raises(RuntimeError, match="no text_encoder.*encode first"):
-        generator.encode(["a bird"])
+    for found, part in zip(generator.encode(texts[::-1]), prompts, strict=True):
+        assert torch.equal(found, part.flip(0)), "what they were asked to leave behind"
+    with pytest.raises(RuntimeError, match=r"no text_encoder.* 'a boot' cannot be encoded .*release_text_encoders"):
+        generator.encode(["boot", "a boot"])
     generator.release_text_encoders()
+    other = build(family)
+    other.release_text_encoders(keep=())
+    with pytest.raises(RuntimeError, match="no text_encoder"):
+        other.encode([""])
 
 
 @family
@@ -411,9 +441,10 @@ def test_bfloat16_gives_float32_images_and_gradients(family):
     found = gradients(generator, prompts, noise)
     precise = build(family)
     expected = gradients(precise, prompts, noise)
-    # A handful of roundings in a row, of numbers of size 1.
-    assert float((images - precise.generate(prompts, noise)).abs().max()) < 16 * unit(torch.bfloat16)
-    assert float((images - own_call(generator, prompts, noise, 4, guidance_scale=1.0)).abs().max()) < 16 * unit(torch.bfloat16)
+    own = own_call(generator, prompts, noise, 4, guidance_scale=1.0)
+    # A handful of roundings in a row, of numbers of size 1; the pipeline's own call is no closer.
+    for other in (precise.generate(prompts, noise), own):
+        assert float((images - other).detach().abs().max()) < 8 * unit(torch.bfloat16)
     for gradient, other in zip(found, expected, strict=True):
         assert gradient.dtype == torch.float32
         assert float((gradient - other).norm()) < 32 * unit(torch.bfloat16) * float(other.norm())
@@ -445,13 +476,13 @@ def test_wrong_arguments_are_named(family):
     prompts, noise = draw(generator)
     embedding, pooled = prompts
     wrong = [
-        (dict(prompts=Prompts(embedding[:, 1:], pooled)), r"prompts.embedding has shape \(2, 5, 24\); give \(m, 6, 24\)"),
-        (dict(prompts=Prompts(embedding, torch.zeros(2, 3))), r"prompts.pooled has shape \(2, 3\)"),
-        (dict(noise=noise[:1]), "noise has 1 rows for 2 prompts"),
-        (dict(noise=noise[:, :1]), r"noise has shape \(2, 1, .*give generator.noise\(m\), of shape \(m, "),
-        (dict(steps=0), "steps is 0"),
-        (dict(through=5), "through is 5; give 1 to 4"),
-        (dict(steps=2, through=0), "through is 0; give 1 to 2"),
+        ({"prompts": Prompts(embedding[:, 1:], pooled)}, r"embedding has shape \(2, 5, 24\); give \(m, 6, 24\)"),
+        ({"prompts": Prompts(embedding, torch.zeros(2, 3))}, r"prompts\.pooled has shape \(2, 3\)"),
+        ({"noise": noise[:1]}, "noise has 1 rows for 2 prompts"),
+        ({"noise": noise[:, :1]}, r"noise has shape \(2, 1, .*give generator\.noise\(m\), of shape \(m, "),
+        ({"steps": 0}, "steps is 0"),
+        ({"through": 5}, "through is 5; give 1 to 4"),
+        ({"steps": 2, "through": 0}, "through is 0; give 1 to 2"),
     ]
     for change, message in wrong:
         with pytest.raises(ValueError, match=message):
@@ -505,21 +536,20 @@ def test_a_pipeline_is_loaded_from_a_folder(family, tmp_path):
     prompts, noise = generator.encode(["red bird"]), generator.noise(1)
     for found, expected in zip(loaded.encode(["red bird"]), prompts, strict=True):
         assert torch.equal(found, expected)
-    assert torch.equal(loaded.generate(prompts, noise), generator.generate(prompts, noise))
+    # Weights mapped from a file may lie elsewhere, and other addresses may mean other kernels.
+    torch.testing.assert_close(loaded.generate(prompts, noise), generator.generate(prompts, noise))
     half = type(generator).from_pretrained(str(tmp_path), offload=True, **options)
     assert half.offload
     assert half._predictor.dtype == torch.bfloat16
 
 
-def _imported():
-    import protofast.prodg.generators as generators
-
-    assert generators.FluxGenerator
-    return sorted({"diffusers", "transformers"} & set(sys.modules))
-
-
 def test_importing_the_generators_imports_no_optional_package():
-    assert run_fresh(_imported) == []
+    # Not by run_fresh, which imports this file.
+    code = (
+        "import sys, protofast.prodg.generators.flux; print(*sorted({'diffusers', 'transformers'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    assert found.stdout.split() == []
 
 
 @family
@@ -536,6 +566,7 @@ def test_a_training_goes_through_the_pipeline(family):
         updates=4, rotation_updates=1, prompt_updates=1, channels=2, rank=2, prompt_lr=1e-2, steps=2, through=1,
         parametrization="cayley",
     )  # fmt: skip
+    generator.release_text_encoders()
     result = train(network, generator, config)
     start = PromptBank.from_prompts(generator, 3, rank=2)
     now, before = dict(result.bank.named_parameters()), dict(start.named_parameters())

@@ -22,8 +22,8 @@ ORDER = ("prototypes", "emergence", "generate", "diagnose", "evaluate", "latent"
 LOG = "log.jsonl"
 _LEAD = (
     "A diffusion model draws images from noise. This one is told, for each image, how strongly each of its {} "
-    "prototypes is seen in it. A prototype is a small piece of an image that the model found by itself, without labels, "
-    "to be worth telling; so it can be asked what they are, where they are, and when in drawing they appear."
+    "prototypes is seen in it. A prototype is a small piece of an image that the model found by itself, without "
+    "labels, to be worth telling; so it can be asked what they are, where they are, and when in drawing they appear."
 )
 
 

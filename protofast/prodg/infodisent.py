@@ -1,4 +1,4 @@
-"""An InfoDisent head (arXiv 2409.10329), as we read it: signed-max pooling of rotated channels, non-negative weights."""
+"""An InfoDisent head (arXiv 2409.10329), our reading: signed maxima of rotated channels, non-negative weights."""
 
 from __future__ import annotations
 
@@ -129,7 +129,8 @@ class InfoDisent:
             raise ValueError(f"{folder} is of other images than {images.source}; give those that it was trained on")
         if state["weight"].shape != network.weight.shape:
             raise ValueError(
-                f"{folder} is of {tuple(state['weight'].shape)} weights, and the network of {tuple(network.weight.shape)}"
+                f"{folder} is of a head {tuple(state['weight'].shape)}, and the network has "
+                f"{tuple(network.weight.shape)}"
             )
         config = InfoDisentConfig(**content["config"])
         rotation = Rotation(network.channels, parametrization=config.parametrization)

@@ -12,8 +12,8 @@ from .runs import Run
 ORDER = ("explain", "evaluate", "ablate")
 _LEAD = (
     "A classifier adds up channels: what each of them gives to a class, at which places of the image. Turned the right "
-    "way, and with the weights turned back, no answer changes, and a channel comes closer to one thing that can be shown: "
-    "by images that a generator draws for it (ProDG, which sees no data), or by real ones (EPIC, InfoDisent)."
+    "way, and with the weights turned back, no answer changes, and a channel comes closer to one thing that can be "
+    "shown: by images that a generator draws for it (ProDG, which sees no data), or by real ones (EPIC, InfoDisent)."
 )
 
 

@@ -46,8 +46,8 @@ def photographs(folder: str | os.PathLike[str] | None = None, *, size: int = 224
     (16, (3, 32, 32))
     """
     image, operations = need("PIL.Image", "data"), need("PIL.ImageOps", "data")
-    paths = [Path(need("skimage", "prodg").__file__).parent / "data" / name for name in _SKIMAGE]
-    paths += [Path(need("sklearn", "data").__file__).parent / "datasets" / "images" / name for name in _SKLEARN]
+    paths = [Path(str(need("skimage", "prodg").__file__)).parent / "data" / name for name in _SKIMAGE]
+    paths += [Path(str(need("sklearn", "data").__file__)).parent / "datasets" / "images" / name for name in _SKLEARN]
     if folder is not None:
         more = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
         if not more:

@@ -86,11 +86,13 @@ class Run:
         place, device = self.place(method, seed), str(network.weight.device)
         if not (place / "config.json").is_file():
             raise FileNotFoundError(
-                f"{place}: no complete training; run `protofast prodg train {self.folder} --method {method} --seed {seed}`"
+                f"{place}: no complete training; run `protofast prodg train {self.folder} --method {method} --seed "
+                f"{seed}`"
             )
         if method == "prodg":
             return ProDG.load(place, network, self.generator(device))
-        return {"epic": EPIC, "infodisent": InfoDisent}[method].load(place, network, self.images("train"))
+        kind = EPIC if method == "epic" else InfoDisent
+        return kind.load(place, network, self.images("train"))
 
     def concepts(self, method: str, seed: int, network: SplitNetwork) -> Concepts:
         return self.result(method, seed, network).concepts()
@@ -144,7 +146,8 @@ def prepare(
     if (network == LITE) != (data == PHOTOGRAPHS):
         raise ValueError(f"network is {network!r} and data {data!r}; {LITE!r} and {PHOTOGRAPHS!r} go together")
     place = Path(out)
-    about = {"network": network, "data": data, "folder": None if folder is None else str(Path(folder).resolve())}
+    where = None if folder is None else str(Path(folder).resolve())
+    about: dict[str, Any] = {"network": network, "data": data, "folder": where}
     about |= {"seed": seed, "channels": channels, "epochs": epochs, "updates": updates, "limit": limit}
     if (place / _RUN).is_file():
         run = Run.open(place)
@@ -158,16 +161,17 @@ def prepare(
         source = open_images(data, "train", about["folder"])
         if source.labels is None or source.names is None:
             raise ValueError(f"{data} has no named classes; give a set that has, such as 'fashion-mnist'")
+        names = source.names
         source = source if limit is None else source.subset(np.arange(min(limit, len(source))))
         images, labels = source.take(slice(None)), torch.as_tensor(source.labels)
         with bars(progress) as bar:
             # One bar each; totals are told as they go.
             first = told_totals(bar("classifier", epochs * -(-len(images) // 128), 0))
             made = train_classifier(
-                images, labels, channels=channels, epochs=epochs, seed=seed, names=source.names, progress=first
+                images, labels, channels=channels, epochs=epochs, seed=seed, names=names, progress=first
             )
             second = told_totals(bar("generator", updates, 0))
-            flow = train_tiny_flow(images, labels, source.names, updates=updates, seed=seed, progress=second)
+            flow = train_tiny_flow(images, labels, names, updates=updates, seed=seed, progress=second)
         save_network(place / _NETWORK, made)
         flow.save(place / _GENERATOR)
     with replacing(place / _RUN) as file:  # last: with it the folder is complete

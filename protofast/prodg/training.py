@@ -22,7 +22,7 @@ from .._training import read_unfinished
 from .bank import PromptBank
 from .concepts import Concepts
 from .config import ProDGConfig
-from .generators.protocol import Generator
+from .generators.protocol import Generator, Prompts
 from .losses import diversity_loss, purity_loss
 from .networks import SplitNetwork, compensate
 from .rotation import Rotation
@@ -275,13 +275,12 @@ class _Run:
     def _rotate(self) -> None:
         config = self.result.config
         if config.replay and self.replay:
-            channels, maps = self.replay[self.done % len(self.replay)]
+            rows, maps = self.replay[self.done % len(self.replay)]
         else:
-            channels, draws = self._channels()
             with torch.no_grad():
-                maps = torch.cat([self._maps(part, draws) for part in channels.chunk(self.accumulate)])
-            channels = channels.repeat_interleave(config.repeats)
-        loss, purity = purity_loss(maps, self.result.rotation(), channels.to(maps.device))
+                rows, prompts, noise = self._batch()
+                maps = torch.cat([self._maps(prompts, noise, part) for part in self._parts()])
+        loss, purity = purity_loss(maps, self.result.rotation(), rows.to(maps.device))
         self._check(loss, purity)
         self.rotation_optimizer.zero_grad()
         (config.purity * loss).backward()
@@ -292,42 +291,53 @@ class _Run:
         if self.matrix is None:
             self.matrix = self.result.rotation().detach()
             self.replay = []
-        channels, draws = self._channels()
         self.prompt_optimizer.zero_grad()
+        rows, prompts, noise = self._batch()
+        leaves = Prompts(*(value.detach().requires_grad_() for value in prompts))
         kept: list[Tensor] = []
-        for part in channels.chunk(self.accumulate):
-            maps = self._maps(part, draws)
-            loss, purity = purity_loss(maps, self.matrix, part.repeat_interleave(config.repeats).to(maps.device))
-            regularization, diversity = bank.regularization(part), diversity_loss(maps, config.repeats)
-            total = (
-                config.purity * loss
-                + config.diversity * diversity
-                + config.regularization * regularization.to(maps.device)
-            )
+        for part in self._parts():
+            maps = self._maps(leaves, noise, part)
+            loss, purity = purity_loss(maps, self.matrix, rows[part].to(maps.device))
+            diversity = diversity_loss(maps, config.repeats)
+            total = config.purity * loss + config.diversity * diversity
             self._check(total, purity)
-            (total * (len(part) / len(channels))).backward()
-            self._note("regularization", regularization)
+            (total * (len(maps) / len(rows))).backward()
             self._note("diversity", diversity)
             kept.append(maps.detach())
+        channels = rows[:: config.repeats]
+        regularization = bank.regularization(channels)
+        self._note("regularization", regularization)
+        made = [(value, leaf.grad) for value, leaf in zip(prompts, leaves, strict=True) if leaf.grad is not None]
+        made.append((config.regularization * regularization, torch.ones_like(regularization)))
+        torch.autograd.backward([value for value, _ in made], [grad for _, grad in made])
         if config.replay:
-            self.replay.append([channels.repeat_interleave(config.repeats), torch.cat(kept)])
+            self.replay.append([rows, torch.cat(kept)])
         _step_rows(self.prompt_optimizer, bank, channels, config.clip)
 
-    def _channels(self) -> tuple[Tensor, torch.Generator]:
-        draws = _draws(self.seed, 0, self.done)
-        return torch.randperm(self.result.network.channels, generator=draws)[: self.result.config.channels], draws
+    def _batch(self) -> tuple[Tensor, Prompts, Tensor]:
+        """Channels (each repeated), their prompts, and noise; the same in whatever parts they go on."""
+        config, draws = self.result.config, _draws(self.seed, 0, self.done)
+        channels = torch.randperm(self.result.network.channels, generator=draws)[: config.channels]
+        rows = channels.repeat_interleave(config.repeats)
+        return rows, self.result.bank(rows, generator=draws), self.result.generator.noise(len(rows), generator=draws)
 
-    def _maps(self, channels: Tensor, draws: torch.Generator) -> Tensor:
+    def _parts(self) -> list[slice]:
+        """Of a batch, whole channels each."""
+        config = self.result.config
+        size = -(-config.channels // self.accumulate) * config.repeats
+        return [slice(start, start + size) for start in range(0, config.channels * config.repeats, size)]
+
+    def _maps(self, prompts: Prompts, noise: Tensor, part: slice) -> Tensor:
         config, generator = self.result.config, self.result.generator
-        prompts = self.result.bank(channels.repeat_interleave(config.repeats), generator=draws)
-        noise = generator.noise(len(prompts.embedding), generator=draws)
-        images = generator.generate(prompts, noise, steps=config.steps, through=config.through)
+        some = Prompts(prompts.embedding[part], prompts.pooled[part])
+        images = generator.generate(some, noise[part], steps=config.steps, through=config.through)
         return self.result.network.maps(images.to(self.result.network.weight.device))
 
     def _check(self, loss: Tensor, purity: Tensor) -> None:
         if not bool(loss.isfinite()):
             raise FloatingPointError(
-                f"the loss is {float(loss)} in update {self.done + 1}; the last checkpoint stays: lower the learning rates"
+                f"the loss is {float(loss.detach())} in update {self.done + 1}; the last checkpoint stays, so lower the "
+                "learning rates"
             )
         self._note("purity", purity.mean())
         self._note("dead", (purity == 0).double().mean())

@@ -1,7 +1,7 @@
 """Every spec, by op."""
 
 from ..spec import Spec
-from . import ddim, ddim_loop, importing, prototype, pxgen, selection
+from . import channels, ddim, ddim_loop, importing, prototype, pxgen, rotation, selection
 
 SPECS: dict[str, Spec] = {
     spec.op: spec
@@ -14,6 +14,10 @@ SPECS: dict[str, Spec] = {
         selection.K_DISPERSION,
         selection.K_MEDOIDS,
         pxgen.SPEC,
+        channels.PURITY,
+        channels.POOL,
+        channels.HEAT,
+        rotation.SPEC,
         importing.SPEC,
     )
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -62,8 +62,8 @@ def ablate_into(
 ) -> None:
     """Adds the grid and the table."""
     from ... import prodg
-    from ..ablation import grid
     from ..ablation import ablate as _ablate
+    from ..ablation import grid
     from ..evaluation import image_purity, prototype_purity, prototype_similarity
     from ..images import pooled_features
 
@@ -74,7 +74,7 @@ def ablate_into(
     found = _ablate(network, generator, config, out=str(folder), seed=seed, progress=progress)
     images = run.images("test")
     pooled = pooled_features(network, images)
-    rows = []
+    rows: list[list[Any]] = []
     for name, result in found.items():
         concepts = result.concepts()
         last = result.history[-1]
@@ -104,7 +104,7 @@ def ablate_into(
         "Prototypes of four channels",
         "A row a subset of the losses; the same noise in each column.",
     )
-    best = max(rows, key=lambda row: float(row[1]))
+    best = max(rows, key=lambda row: row[1])
     section.findings.append(
         f"With all losses the channel purity of prototypes is {rows[0][1]:.3f}; it is largest, {best[1]:.3f}, with "
         f"{best[0]}."

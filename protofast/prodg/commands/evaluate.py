@@ -133,11 +133,12 @@ def evaluate_into(
         caption = "Mean over the last 20 updates of the images that a batch drew; a line a seed."
         section.picture("training.png", history_chart(histories), "ProDG's training", caption)
     for name, values in stats.items():
-        before = values.get("prototype_purity_start", values["prototype_purity_before"])
+        first = values.get("prototype_purity_start", values["prototype_purity_before"])
+        shown = [first, *(values[key] for key in ("prototype_purity", "image_purity_before", "image_purity"))]
+        start, end, before, after = (f"{value['mean']:.3f}" for value in shown)
         section.findings.append(
-            f"{TITLES[name]} ({values['accuracy' if 'accuracy' in values else 'logit_error']['runs']} seeds): channel purity "
-            f"of prototypes {before['mean']:.3f} → {values['prototype_purity']['mean']:.3f}, of held-out images "
-            f"{values['image_purity_before']['mean']:.3f} → {values['image_purity']['mean']:.3f}."
+            f"{TITLES[name]} ({first['runs']} seeds): channel purity of prototypes {start} → {end}, of held-out images "
+            f"{before} → {after}."
         )
 
 

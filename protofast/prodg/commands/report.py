@@ -14,7 +14,7 @@ def report(
     run: Folder,
     out: Annotated[Path | None, typer.Option(help="The page; by default report.html in RUN.")] = None,
 ) -> None:
-    """Gather the results in RUN, of `explain`, `evaluate` and `ablate`, into one HTML page that needs nothing outside it.
+    """Gather what `explain`, `evaluate` and `ablate` found into one HTML page, which needs nothing outside it.
 
     **Example**
 

@@ -25,7 +25,7 @@ def study(
     device: Device = None,
     progress: Progress = True,
 ) -> None:
-    """Run the whole small study: prepare, train all three methods with several seeds, explain, evaluate, ablate, report.
+    """Run the whole small study: prepare, train three methods with several seeds, explain, evaluate, ablate, report.
 
     Within 20 minutes on two cores. A command that was killed goes on where it was, when it is given again.
     Of `photographs`, which have no generator here, EPIC alone.

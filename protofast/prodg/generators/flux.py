@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..._optional import need
 from .protocol import (
+    Generator,
     Prompts,
     check_inputs,
     first_with_gradient,
@@ -26,7 +27,7 @@ _EXTRA = "prodg"
 Self = TypeVar("Self", bound="PipelineGenerator")
 
 
-class PipelineGenerator:
+class PipelineGenerator(Generator):
     """A text-to-image pipeline of diffusers, frozen; what `FluxGenerator` and `StableDiffusionGenerator` share."""
 
     _pipeline = ""  # its class in diffusers
@@ -40,7 +41,7 @@ class PipelineGenerator:
         parts = (self._model, "vae", "scheduler")
         if any(getattr(pipeline, part, None) is None for part in parts) or not hasattr(pipeline, self._encoders[-1]):
             raise TypeError(
-                f"pipeline is a {type(pipeline).__name__}; give a diffusers.{self._pipeline} that has {', '.join(parts)}"
+                f"pipeline is a {type(pipeline).__name__}; give a diffusers.{self._pipeline} with {', '.join(parts)}"
             )
         scale = pipeline.vae_scale_factor
         if size is None:
@@ -48,6 +49,7 @@ class PipelineGenerator:
         if size < 1 or size % (scale * self._patch):
             raise ValueError(f"size is {size}; give a multiple of {scale * self._patch}")
         self.pipeline, self.size, self.offload = pipeline, int(size), offload
+        self._kept: dict[str, Prompts] = {}
         for module in _modules(pipeline).values():
             module.requires_grad_(False).eval()
         for module in (self._predictor, pipeline.vae):
@@ -69,8 +71,10 @@ class PipelineGenerator:
         cls: type[Self], name: str, dtype: torch.dtype, device: Any, offload: bool, options: dict[str, Any]
     ) -> Self:
         need("transformers", _EXTRA)
-        loader = getattr(need("diffusers", _EXTRA), cls._pipeline)
-        pipeline = loader.from_pretrained(name, torch_dtype=dtype)
+        diffusers = need("diffusers", _EXTRA)
+        version = [int(number) for number in diffusers.__version__.split(".")[:2]]
+        loading = {"dtype" if version >= [0, 42] else "torch_dtype": dtype}
+        pipeline = getattr(diffusers, cls._pipeline).from_pretrained(name, **loading)
         if device is not None:
             for part, module in _modules(pipeline).items():
                 if not (offload and part in cls._encoders):
@@ -99,22 +103,28 @@ class PipelineGenerator:
         RuntimeError
             When the pipeline has no text encoders, or no longer.
         """
-        if isinstance(texts, str) or not len(texts):
+        texts = texts if isinstance(texts, str) else list(texts)
+        if isinstance(texts, str) or not texts:
             raise ValueError(f"texts is {texts!r}; give a list of at least one text")
         if absent := [name for name in self._encoders if getattr(self.pipeline, name) is None]:
-            raise RuntimeError(
-                f"the pipeline has no {' and no '.join(absent)}: nothing can be encoded after release_text_encoders(), or "
-                "when the pipeline came without; encode first, and keep the prompts"
-            )
+            if unknown := [text for text in texts if text not in self._kept]:
+                raise RuntimeError(
+                    f"the pipeline has no {' and no '.join(absent)}, so {unknown[0]!r} cannot be encoded any more; "
+                    "encode it before, or name it in release_text_encoders(keep=...)"
+                )
+            parts = [self._kept[text] for text in texts]
+        else:
+            parts = self._encode_all(texts)
+        return Prompts(*(torch.cat(part).to(self.device) for part in zip(*parts, strict=True)))
+
+    def _encode_all(self, texts: list[str]) -> list[Prompts]:
         if self.offload:
             self._move_encoders(self.device)
         try:
-            texts = list(texts)
-            parts = [self._encode(texts[start : start + _TOGETHER]) for start in range(0, len(texts), _TOGETHER)]
+            return [self._encode(texts[start : start + _TOGETHER]) for start in range(0, len(texts), _TOGETHER)]
         finally:
             if self.offload:
                 self._move_encoders("cpu")
-        return Prompts(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
     def _encode(self, texts: list[str]) -> Prompts:
         raise NotImplementedError
@@ -124,11 +134,21 @@ class PipelineGenerator:
             if getattr(self.pipeline, name) is not None:
                 getattr(self.pipeline, name).to(device)
 
-    def release_text_encoders(self) -> None:
-        """Takes the text encoders out of the pipeline, which frees their memory; `encode` then raises RuntimeError.
+    def release_text_encoders(self, keep: Sequence[str] = ("",)) -> None:
+        """Takes the text encoders out of the pipeline, which frees their memory: 9.5 GB for FLUX in bfloat16.
 
-        A training needs them for its anchors alone (10 GB for FLUX in bfloat16): give it a bank made before.
+        A training needs them for the anchors of its bank alone.
+
+        Parameters
+        ----------
+        keep : sequence of str, default ("",)
+            Texts that `encode` knows ever after, such as the names of the classes for ``init="data"``; for any other it
+            then raises RuntimeError.
         """
+        if keep:
+            prompts = self.encode(keep)
+            for row, text in enumerate(keep):
+                self._kept[text] = Prompts(*(part[row : row + 1].clone() for part in prompts))
         for name in self._encoders:
             setattr(self.pipeline, name, None)
         if self.device.type == "cuda":
@@ -193,7 +213,7 @@ class FluxGenerator(PipelineGenerator):
         Decodes large images in tiles, which differ a little at their seams.
     offload : bool, default False
         Text encoders are kept on the CPU, and are on the device only while they encode. `release_text_encoders` frees
-        them altogether.
+        their memory altogether.
 
     Attributes
     ----------
@@ -234,7 +254,7 @@ class FluxGenerator(PipelineGenerator):
     >>> images.shape, embedding.grad.shape
     (torch.Size([2, 3, 8, 8]), torch.Size([2, 4, 24]))
 
-    The model itself, of 34 GB:
+    The model itself:
 
     >>> flux = FluxGenerator.from_pretrained(device="cuda")  # doctest: +SKIP
     >>> prompts = flux.encode(["a red bird on a branch"])  # doctest: +SKIP

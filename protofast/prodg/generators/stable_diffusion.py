@@ -15,10 +15,10 @@ from .protocol import Prompts, first_with_gradient, gradient_from
 class StableDiffusionGenerator(PipelineGenerator):
     """Stable Diffusion by DDIM, differentiable in its prompts; a `Generator`.
 
-    A smaller stand-in for the paper's FLUX (arXiv 2605.08858). Sampling is deterministic DDIM with the noise schedule of
-    the pipeline's scheduler, whatever that is, by `protofast.diffusers.DDIMScheduler`: where the pipeline's is DDIM, the
-    images are those of its own call from the same noise, and so they are, but for rounding, where it is an Euler scheduler
-    of the same timesteps. No safety checker looks at them.
+    A smaller stand-in for the paper's FLUX (arXiv 2605.08858). Sampling is deterministic, by
+    `protofast.diffusers.DDIMScheduler` with the noise schedule of the pipeline's scheduler, whatever that is. Where it
+    is DDIM the images are those of the pipeline's own call from the same noise, and so they are, but for rounding,
+    where it is Euler's with the same timesteps. No safety checker looks at them.
 
     Parameters
     ----------
@@ -28,8 +28,8 @@ class StableDiffusionGenerator(PipelineGenerator):
     size : int, optional
         Side of the images; by default that of the training.
     guidance : float, default 1
-        Classifier-free guidance away from the prompt "", at twice the cost. 1 is none, which suits distilled models such
-        as sd-turbo; others take about 7.5.
+        Classifier-free guidance away from the prompt "", at twice the cost. 1 is none, which suits distilled models
+        such as sd-turbo; others take about 7.5.
     gradient_checkpointing, tiling, offload : bool
         As for `FluxGenerator`.
 

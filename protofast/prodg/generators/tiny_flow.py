@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from .protocol import (
 
 STEPS = 4
 BATCH = 256
+LATENTS = 128
 TRAITS = 16
 _DECAY, _NO_TEXT, _TRAITS_GIVEN, _JITTER = 0.998, 0.1, 0.5, 0.1
 _CONDITION, _FREQUENCIES = 256, 32
@@ -61,8 +63,10 @@ class TinyFlow(nn.Module):
     names : sequence of str
         Texts that have a prompt, such as names of classes; "" has one too, all zeros.
     image_shape : (int, int, int), default (1, 28, 28)
-    latents, width, blocks : int
-        Principal components; width and number of the residual blocks.
+    latents : int, optional
+        Principal components; by default 128, or all there are.
+    width, blocks : int
+        Of the residual blocks.
     tokens, token_size, pooled_size : int
         L, E and E2 of the prompts.
 
@@ -87,7 +91,7 @@ class TinyFlow(nn.Module):
         names: Sequence[str],
         *,
         image_shape: Sequence[int] = (1, 28, 28),
-        latents: int = 128,
+        latents: int | None = None,
         width: int = 384,
         blocks: int = 3,
         tokens: int = 4,
@@ -100,14 +104,14 @@ class TinyFlow(nn.Module):
         if len(image_shape) != 3 or min(image_shape) < 1:
             raise ValueError(f"image_shape is {tuple(image_shape)}; give (channels, height, width)")
         pixels = math.prod(image_shape)
+        latents = min(LATENTS, pixels) if latents is None else latents
         if not 1 <= latents <= pixels:
             raise ValueError(f"latents is {latents}; give 1 to {pixels}, the pixels")
         self.names = (*names, "")
         self.image_shape = (int(image_shape[0]), int(image_shape[1]), int(image_shape[2]))
         self.prompt_shape, self.pooled_size = (tokens, token_size), pooled_size
-        self.sizes = dict(
-            latents=latents, width=width, blocks=blocks, tokens=tokens, token_size=token_size, pooled_size=pooled_size
-        )
+        self.sizes = {"latents": latents, "width": width, "blocks": blocks}
+        self.sizes |= {"tokens": tokens, "token_size": token_size, "pooled_size": pooled_size}
         self.register_buffer("texts", torch.zeros(len(self.names), tokens, token_size))
         self.register_buffer("pooled_texts", torch.zeros(len(self.names), pooled_size))
         self.texts[:-1].normal_()
@@ -163,7 +167,7 @@ class TinyFlow(nn.Module):
         sigmas = flow_sigmas(STEPS if steps is None else steps)
         first = first_with_gradient(len(sigmas) - 1, through)
         latents = noise
-        for step, (sigma, after) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+        for step, (sigma, after) in enumerate(pairwise(sigmas)):
             with gradient_from(first, step):
                 velocity = self.velocity(latents, latents.new_full((len(latents),), sigma), prompts)
                 latents = latents + (after - sigma) * velocity
