@@ -445,6 +445,23 @@ def test_gradients_are_those_of_the_naive_form(rectify):
 
 
 @COMPILED
+def test_gradients_of_an_orthogonal_matrix_are_those_through_all_its_rows():
+    """The features' are the same, and the matrix's along the orthogonal matrices."""
+    x, _, channels = draw(2, 8, 3, 3, rows=8, dtype=torch.float64)
+    ours = both(x, torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0])
+    theirs = both(*ours)
+    found = torch.autograd.grad(pf.channel_purity(*ours, channels).purity.sum(), ours)
+    z = torch.einsum("rc,bcn->brn", theirs[1], theirs[0].flatten(2))
+    best, where = z.max(2)
+    purity = (best.relu() / z.norm(dim=1).gather(1, where)).gather(1, channels)
+    wanted = torch.autograd.grad(purity.sum(), theirs)
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-12, atol=1e-13)
+    assert (found[1] - wanted[1]).abs().max() > 0.01
+    turns = [ours[1].detach() @ g.t() for g in (found[1], wanted[1])]
+    torch.testing.assert_close(turns[0] - turns[0].t(), turns[1] - turns[1].t(), rtol=1e-11, atol=1e-12)
+
+
+@COMPILED
 @pytest.mark.parametrize("rectify", [True, False])
 def test_gradients_by_finite_differences(rectify):
     x, u, channels = draw(2, 4, 3, 3, pairs=4, dtype=torch.float64)
@@ -793,6 +810,20 @@ def test_purity_of_all_is_that_of_every_row(dtype):
     ):
         tolerance = 30 * torch.finfo(dtype).eps
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@COMPILED
+def test_purity_of_all_decides_what_float32_cannot():
+    """z of the pixels differs by less than a float32 search sees; their lengths by much."""
+    base = torch.randn(2, 24, 1)
+    u = torch.randn(6, 24)
+    aside = torch.randn(2, 24, 40)
+    aside -= torch.einsum("rc,rd,bdn->bcn", u[:1], u[:1], aside) / u[0].square().sum()
+    x = base * (1 + 2.0**-22 * torch.randint(-2, 3, (2, 1, 40))) + aside * 2.0**-20
+    every = torch.arange(6).expand(2, -1)
+    found, one = pf.purity_of_all(x, u), pf.channel_purity(x, u, every)
+    assert torch.equal(found.index, one.index)
+    assert (found.index > 0).any()
 
 
 @COMPILED

@@ -324,6 +324,12 @@ def test_a_norm_before_the_pooling_is_the_norm_after_it(affine):
     gain = float(norm.weight.detach().abs().max()) if affine else 1
     scale = float(maps.abs().max() / maps.mean((2, 3)).std(1).min()) * gain + 3
     assert_within(before, exact(after), scale * np.ones((4, 7)), 64)
+    # One shift and one scale for all pixels of an image: what tells them apart stays.
+    out = PooledNorm(norm)(maps).detach()
+    apart, found = maps - maps[..., :1, :1], out - out[..., :1, :1]
+    spread = (maps.mean((2, 3)).var(1, correction=0) + 1e-2).sqrt()[:, None, None, None]
+    wanted = exact(apart) / exact(spread) * (exact(norm.weight).reshape(-1, 1, 1) if affine else 1)
+    assert_within(found, wanted, 2 * scale * np.ones((4, 7, 3, 5)), 64)
 
 
 def test_images_are_made_to_fit():

@@ -220,7 +220,7 @@ DATA_FREE = """
         explain(run.concepts("prodg", 0, network), torch.rand(1, 8, 8), top=2, prototypes=2)
     else:
         len(run.images("train").take([0]))
-    print([name for name in opened if "digits" in name or name.endswith((".gz", ".npy", ".csv", "ubyte"))])
+    print([name for name in opened if name.endswith((".gz", ".npy", ".csv", "ubyte"))])
 """
 
 

@@ -61,3 +61,12 @@ class Concepts:
         """(B, N): Σ_c W'_yc h_c + b_y."""
         with torch.autocast(maps.device.type, enabled=False):
             return torch.nn.functional.linear(self.activations(maps), self.weight, self.bias)
+
+    def strongest(self, activations: Tensor, target: Tensor, top: int) -> tuple[Tensor, Tensor]:
+        """Scores and channels (B, top) that speak most for a class: largest W'_yc · relu(h_c), ties to the lowest.
+
+        Of activations (B, C), for classes y = `target` (B,).
+        """
+        score = self.weight[target] * activations.clamp(min=0)
+        found = score.sort(1, descending=True, stable=True)
+        return found.values[:, :top], found.indices[:, :top]

@@ -172,11 +172,10 @@ def faithfulness(
         logits = values @ concepts.weight.T + concepts.bias
         predicted = logits.argmax(1, keepdim=True)
         before = logits.softmax(1).gather(1, predicted)
-        score = concepts.weight[predicted[:, 0]] * values.clamp(min=0)
-        chosen = [(score.topk(top, dim=1).indices, falls)]
+        chosen = [(concepts.strongest(values, predicted[:, 0], top)[1], falls)]
         for _ in range(draws):
-            random = torch.rand(score.shape, generator=generator).topk(top, dim=1).indices
-            chosen.append((random.to(score.device), others))
+            random = torch.rand(values.shape, generator=generator).topk(top, dim=1).indices
+            chosen.append((random.to(values.device), others))
         for channels, kept in chosen:
             left = values.scatter(1, channels, 0) @ concepts.weight.T + concepts.bias
             kept.append((before - left.softmax(1).gather(1, predicted)).cpu())
@@ -212,8 +211,7 @@ def deletion_insertion(
         values = concepts.activations(maps)
         logits = values @ concepts.weight.T + concepts.bias
         predicted = logits.argmax(1, keepdim=True)
-        score = concepts.weight[predicted[:, 0]] * values.clamp(min=0)
-        parts, channels = score.topk(top, dim=1)
+        parts, channels = concepts.strongest(values, predicted[:, 0], top)
         heat = channel_heat_map(maps, concepts.matrix, channels, size=(pictures.shape[2], pictures.shape[3]))
         heat = (heat * parts.clamp(min=0)[:, :, None, None]).sum(1).flatten(1)
         noise = torch.rand(heat.shape, generator=generator).to(heat.device)

@@ -112,9 +112,8 @@ def explain(
         target = int(logits.argmax())
     elif not 0 <= target < len(logits):
         raise IndexError(f"target is {target}; the network has classes 0 to {len(logits) - 1}")
-    row = concepts.weight[target]
-    channels = (row * activations.clamp(min=0)).sort(descending=True, stable=True).indices[:top]
-    contributions = row * activations
+    channels = concepts.strongest(activations[None], torch.tensor([target], device=maps.device), top)[1][0]
+    contributions = concepts.weight[target] * activations
     heat = channel_heat_map(maps, concepts.matrix, channels[None], size=(image.shape[1], image.shape[2]))[0]
     made = torch.stack([concepts.prototypes(int(channel), prototypes, seed) for channel in channels])
     seen = [
