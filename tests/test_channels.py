@@ -959,6 +959,14 @@ def test_rows_of_minus_infinity_fill_what_is_empty():
         assert_top(fed(table.flip(0), torch.arange(50).flip(0), 6, cuts), table, torch.arange(50))
 
 
+@pytest.mark.parametrize("at", [0, 7, 19])
+def test_of_rows_of_minus_infinity_the_lowest_ids_stay(at):
+    """One of many that are as small as what is kept gets in, by its id alone."""
+    table, ids = torch.full((22, 3), -math.inf), torch.arange(22) + 100
+    ids[:2], ids[2 + at] = torch.tensor([50, 51]), 3
+    assert_top(fed(table, ids, 2, (2,)), table, ids)
+
+
 def test_consecutive_ids_and_empty_batches():
     table = torch.randn(20, 4)
     kept = pf.ColumnTopK(5)

@@ -68,5 +68,5 @@ class Concepts:
         Of activations (B, C), for classes y = `target` (B,).
         """
         score = self.weight[target] * activations.clamp(min=0)
-        found = score.sort(1, descending=True, stable=True)
+        found = score.sort(dim=1, descending=True, stable=True)
         return found.values[:, :top], found.indices[:, :top]
