@@ -126,7 +126,9 @@ def test_epic_without_kept_maps_is_the_same(epic, monkeypatch):
 
 
 def test_epic_may_be_invertible():
-    made = train_epic(network(), digits(), EPICConfig(stages=2, epochs=1, most=10, lr=5e-3, parametrization="invertible"))
+    made = train_epic(
+        network(), digits(), EPICConfig(stages=2, epochs=1, most=10, lr=5e-3, parametrization="invertible")
+    )
     matrix = made.concepts().matrix
     assert float((matrix @ matrix.T - torch.eye(16)).abs().max()) > 1e-3
     assert logit_error(made.concepts(), digits("test")) < 1e-5
@@ -238,7 +240,9 @@ def test_similarity_of_prototypes():
     pooled = nn.functional.normalize(pooled_features(network(), as_dataset(images)), dim=1)
     expected = np.mean([float(pooled[c] @ pooled[c + 1]) for c in range(16)])
     assert prototype_similarity(stub(images, torch.eye(16)), count=2) == pytest.approx(expected, abs=1e-6)
-    assert prototype_similarity(stub(images[:1].expand(20, 1, 8, 8), torch.eye(16)), count=2) == pytest.approx(1, abs=1e-6)
+    assert prototype_similarity(stub(images[:1].expand(20, 1, 8, 8), torch.eye(16)), count=2) == pytest.approx(
+        1, abs=1e-6
+    )
 
 
 def test_faithfulness_by_hand():

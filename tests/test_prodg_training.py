@@ -143,9 +143,13 @@ def test_the_gradient_reaches_what_it_should():
 
     def gradients():
         bank.zero_grad()
-        images = flow().generate(bank(channels, noise=False), flow().noise(4, generator=torch.Generator().manual_seed(0)))
+        images = flow().generate(
+            bank(channels, noise=False), flow().noise(4, generator=torch.Generator().manual_seed(0))
+        )
         images.square().sum().backward()
-        return {name: float(value.grad.abs().max()) for name, value in bank.named_parameters() if value.grad is not None}
+        return {
+            name: float(value.grad.abs().max()) for name, value in bank.named_parameters() if value.grad is not None
+        }
 
     first = gradients()
     assert first["down"] == 0
@@ -163,7 +167,9 @@ def test_accumulation_changes_nothing_but_rounding():
     assert not torch.equal(whole.bank.up, torch.zeros_like(whole.bank.up))
 
 
-@pytest.mark.parametrize("change", [{"replay": False}, {"through": 1}, {"init": "data"}, {"init": "random"}, {"warmup": 5}])
+@pytest.mark.parametrize(
+    "change", [{"replay": False}, {"through": 1}, {"init": "data"}, {"init": "random"}, {"warmup": 5}]
+)
 def test_options_run_and_repeat(change):
     config = dataclasses.replace(CONFIG, updates=12, **change)
     first = train(network(), flow(), config, seed=2)
@@ -342,4 +348,6 @@ def test_a_trained_flow_is_cached(tmp_path):
     assert told == [(1, 3), (2, 3), (3, 3)]
     second = train_tiny_flow(images, labels, ["a", "b"], progress=lambda *at: told.append(at), **options)
     assert len(told) == 3
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )

@@ -110,6 +110,8 @@ def small(arguments: list[str], folder: Path) -> list[str]:
         sized += ["--updates", "2", "--width", "8", "--steps", "2", "--samples", "20", "--inverted", "4"]
     if "patronus" in arguments:
         sized = small_patronus(sized, folder)
+    if "prodg" in arguments:
+        sized = small_prodg(sized, folder)
     if "bench" in arguments or "benchmarks" in line:
         sized += ["--help"]
     if "select" in arguments:
@@ -133,3 +135,27 @@ def small_patronus(arguments: list[str], folder: Path) -> list[str]:
         "report": ["--only-existing"],
     }
     return [arguments[0], arguments[1], str(folder / "run"), *arguments[3:], *sizes[arguments[1]]]
+
+
+def small_prodg(arguments: list[str], folder: Path) -> list[str]:
+    """The same command of a run over digits, with a few updates."""
+    command, digits = arguments[1], ["--data", "digits", "--limit", "100"]
+    out = ["--out", str(folder / "out")]
+    if command == "prepare":
+        photographs = "photographs" in arguments
+        return ["prodg", "prepare", *(["--data", "photographs"] if photographs else [*digits, "--updates", "2"]), *out]
+    if command == "study":
+        few = ["--updates", "5", "--generator-updates", "2", "--ablation", "0", "--seeds", "1"]
+        return ["prodg", "study", *digits, *few, *out]
+    pf.prodg.runs.prepare(folder / "run", data="digits", channels=8, epochs=1, updates=2, limit=100)
+    if command != "train":
+        config = pf.prodg.ProDGConfig(updates=2, channels=4, rank=2)
+        run = pf.prodg.runs.Run.open(folder / "run")
+        pf.prodg.train(run.network(), run.generator(), config, out=run.place("prodg", 0))
+    rest = [word for word in arguments[3:] if not word.endswith(".png")]
+    rest = [word for word in rest if word != "--image"]
+    sizes = {"train": ["--updates", "2"], "ablate": ["--updates", "2"]}
+    for option in sizes.get(command, []):
+        if option in rest:
+            del rest[rest.index(option) : rest.index(option) + 2]
+    return ["prodg", command, str(folder / "run"), *rest, *sizes.get(command, [])]

@@ -68,12 +68,12 @@ class Rotation(nn.Module):
         device = next(self.parameters()).device
         with torch.autocast(device.type, enabled=False):
             if self.parametrization == "orthogonal":
-                return self.weight
+                return _straightened(self.weight)
             if self.parametrization == "invertible":
                 return torch.matrix_exp(self.raw)
             skew = self.raw - self.raw.mT
             if self.parametrization == "matrix_exp":
-                return torch.matrix_exp(skew)
+                return _straightened(torch.matrix_exp(skew))
             one = torch.eye(self.channels, dtype=skew.dtype, device=device)
             return torch.linalg.solve(one - skew / 2, one + skew / 2)
 
@@ -86,3 +86,15 @@ class Rotation(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.channels}, parametrization={self.parametrization!r}"
+
+
+def _straightened(matrix: Tensor) -> Tensor:
+    """A step of Newton and Schulz towards UUᵀ = I, which leaves the gradient as it is.
+
+    An exponential's squarings double its rounding errors: in float32 at C = 1280 they leave UUᵀ off by up to 6e-5, and
+    compensated logits by more than 1e-4. After the step it is the roundings of one product.
+    """
+    with torch.no_grad():
+        one = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+        off = matrix @ ((one - matrix.mT @ matrix) / 2)
+    return matrix + off

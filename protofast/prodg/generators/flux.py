@@ -73,7 +73,7 @@ class PipelineGenerator(Generator):
         need("transformers", _EXTRA)
         diffusers = need("diffusers", _EXTRA)
         version = [int(number) for number in diffusers.__version__.split(".")[:2]]
-        loading = {"dtype" if version >= [0, 42] else "torch_dtype": dtype}
+        loading = {"dtype" if version >= [0, 42] else "torch_dtype": dtype}  # the older name goes with 1.0
         pipeline = getattr(diffusers, cls._pipeline).from_pretrained(name, **loading)
         if device is not None:
             for part, module in _modules(pipeline).items():
