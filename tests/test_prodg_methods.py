@@ -146,8 +146,8 @@ def test_epic_in_files(epic, tmp_path):
         EPIC.load(tmp_path, network(), digits("test"))
     with pytest.raises(ValueError, match="of 16 channels, and the network has 32"):
         EPIC.load(tmp_path, network(32), digits())
-    with pytest.raises(ValueError, match="holds no head of InfoDisent|no such file"):
-        (tmp_path / "infodisent.safetensors").write_bytes((tmp_path / "epic.safetensors").read_bytes())
+    (tmp_path / "infodisent.safetensors").write_bytes((tmp_path / "epic.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="holds no head of InfoDisent"):
         InfoDisent.load(tmp_path, network(), digits())
 
 
@@ -205,7 +205,7 @@ def test_settings_are_checked():
             InfoDisentConfig(**wrong)
     with pytest.raises(ValueError, match="kept is 0"):
         train_epic(network(), digits(), SMALL, kept=0)
-    with pytest.raises(TypeError, match="give a protofast.data.Dataset"):
+    with pytest.raises(TypeError, match=r"give a protofast\.data\.Dataset"):
         train_epic(network(), [1, 2])
     with pytest.raises(ValueError, match="has 3 channels"):
         train_epic(network(), torch.rand(4, 3, 8, 8), SMALL)
@@ -319,7 +319,7 @@ def test_all_seven_subsets_are_trained(tmp_path):
     config = ProDGConfig(updates=12, channels=4, rank=2, prompt_lr=1e-2, parametrization="cayley")
     found = ablate(network(), flow(), config, out=tmp_path)
     assert len(SUBSETS) == len(set(SUBSETS)) == 7
-    assert list(found)[0] == " + ".join(LOSSES)
+    assert next(iter(found)) == " + ".join(LOSSES)
     for subset, result in zip(SUBSETS, found.values(), strict=True):
         weights = {loss: getattr(result.config, loss) for loss in LOSSES}
         assert {loss for loss, weight in weights.items() if weight} == set(subset)

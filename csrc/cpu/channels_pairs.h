@@ -1,14 +1,13 @@
 // Channel purity by one thread, with values to the bit as protofast/_ops/channels.py lays them down. Included as
 // vector.h is.
 
-// `count` numbers `stride` apart as float64, filled up by zeros to eights.
+// `count` numbers `stride` apart as float64.
 template <class T>
 INLINE void widen(const T* from, int64_t stride, int64_t count, double* to) {
   int64_t c = 0;
   if (stride == 1)
     for (; c + 8 <= count; c += 8) keep(to + c, eight(from + c));
   for (; c < count; ++c) to[c] = static_cast<double>(from[c * stride]);
-  for (; c % 8; ++c) to[c] = 0;
 }
 
 // Σ a·b over numbers filled up by zeros.
@@ -69,7 +68,7 @@ class ChannelRows {
   size_t padded() const { return (of_.channels + 7) / 8 * 8; }
 
   const ChannelPairs& of_;
-  std::vector<double> u_, f_;
+  std::vector<double> u_, f_;  // of zeros beyond the channels
 };
 
 template <class T>

@@ -336,7 +336,7 @@ class _Run:
     def _check(self, loss: Tensor, purity: Tensor) -> None:
         if not bool(loss.isfinite()):
             raise FloatingPointError(
-                f"the loss is {float(loss.detach())} in update {self.done + 1}; the last checkpoint stays, so lower the "
+                f"the loss is {float(loss.detach())} in update {self.done + 1}; the last checkpoint stays; lower the "
                 "learning rates"
             )
         self._note("purity", purity.mean())
@@ -398,10 +398,8 @@ def _draws(seed: int, stream: int, number: int) -> torch.Generator:
 
 
 def _name(model: Any) -> str:
-    """A name for a model by its weights: a sum of each would do, were it not for permutations."""
-    weights = (
-        [value.detach().flatten() for value in (*model.parameters(), *model.buffers())]
-        if isinstance(model, nn.Module)
-        else []
-    )
-    return f"{type(model).__name__} {digest(torch.cat([value.double().cpu() for value in weights])) if weights else ''}"
+    """A name for a model by its weights."""
+    if isinstance(model, nn.Module):
+        weights = [value.detach().flatten().double().cpu() for value in (*model.parameters(), *model.buffers())]
+        return f"{type(model).__name__} {digest(torch.cat(weights)) if weights else ''}"
+    return f"{type(model).__name__} {model.fingerprint() if hasattr(model, 'fingerprint') else ''}"

@@ -9,6 +9,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+STEPS = 4
+"""Of a generator that few are enough for, such as FLUX.1-schnell."""
+
 
 class Prompts(NamedTuple):
     """Prompts as a generator reads them.

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .flux import STEPS, PipelineGenerator
-from .protocol import Prompts, first_with_gradient, gradient_from
+from .pipeline import PipelineGenerator
+from .protocol import STEPS, Prompts, first_with_gradient, gradient_from
 
 
 class StableDiffusionGenerator(PipelineGenerator):

@@ -18,6 +18,7 @@ from ... import _weights
 from ..._files import digest
 from ..._training import forgetting
 from .protocol import (
+    STEPS,
     Prompts,
     check_inputs,
     first_with_gradient,
@@ -27,7 +28,6 @@ from .protocol import (
     standard_normal,
 )
 
-STEPS = 4
 BATCH = 256
 LATENTS = 128
 TRAITS = 16
