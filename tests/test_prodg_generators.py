@@ -576,3 +576,14 @@ def test_a_training_goes_through_the_pipeline(family):
     assert all(value > 0 for value in moved.values()), moved
     assert torch.equal(result.bank.anchor, start.anchor)
     assert result.prototypes(1, 2).shape == (2, 3, SIZE, SIZE)
+
+
+@family
+def test_a_fingerprint_tells_weights_and_settings_apart(family):
+    first = build(family)
+    before = first.fingerprint()
+    assert build(family).fingerprint() == before  # of the same seed
+    assert build(family, pipeline=lambda: first.pipeline, size=2 * SIZE).fingerprint() != before
+    with torch.no_grad():
+        next(first.pipeline.vae.parameters()).view(-1)[0] += 1
+    assert first.fingerprint() != before
