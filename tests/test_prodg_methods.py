@@ -112,7 +112,7 @@ def test_epics_prototypes_are_the_strongest_images(epic):
     for channel in (0, 9):
         expected = digits().take(pooled[:, channel].topk(3).indices)
         assert torch.equal(epic.prototypes(channel, 3), expected)
-    with pytest.raises(ValueError, match="count is 26; 25 images"):
+    with pytest.raises(ValueError, match="count is 26; give 1 to 25"):
         epic.prototypes(0, 26)
     with pytest.raises(IndexError, match="0 to 15"):
         epic.prototypes(-1, 1)

@@ -12,23 +12,28 @@ from .rotation import PARAMETRIZATIONS
 
 INITS = ("empty", "data", "random")
 
-_LEAST = {
-    "updates": 1,
-    "rotation_updates": 0,
-    "prompt_updates": 0,
-    "warmup": 0,
-    "channels": 1,
-    "repeats": 1,
-    "rank": 1,
-    "steps": 1,
-}
+
+def check_whole(settings: Any, least: int, *names: str) -> None:
+    """Raises ValueError unless all these are whole numbers, at least `least`."""
+    for name in names:
+        value = getattr(settings, name)
+        if not _whole(value) or value < least:
+            raise ValueError(f"{name} is {value!r}; give a whole number, at least {least}")
 
 
-def _whole(value: object) -> bool:
+def check_numbers(settings: Any, *names: str) -> None:
+    """Raises ValueError unless all these are finite numbers, at least 0."""
+    for name in names:
+        value = getattr(settings, name)
+        if not _number(value) or value < 0:
+            raise ValueError(f"{name} is {value!r}; give a number, at least 0")
+
+
+def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _number(value: object) -> bool:
+def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -91,14 +96,11 @@ class ProDGConfig:
     replay: bool = True
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if not _whole(value) or value < least:
-                raise ValueError(f"{name} is {value!r}; give a whole number, at least {least}")
-        for name in ("purity", "regularization", "diversity", "rotation_lr", "rotation_decay", "prompt_lr", "clip"):
-            value = getattr(self, name)
-            if not _number(value) or value < 0:
-                raise ValueError(f"{name} is {value!r}; give a number, at least 0")
+        check_whole(self, 0, "rotation_updates", "prompt_updates", "warmup")
+        check_whole(self, 1, "updates", "channels", "repeats", "rank", "steps")
+        check_numbers(
+            self, "purity", "regularization", "diversity", "rotation_lr", "rotation_decay", "prompt_lr", "clip"
+        )
         if not _number(self.logvar):
             raise ValueError(f"logvar is {self.logvar!r}; give a number")
         if not isinstance(self.replay, bool):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import time
 from dataclasses import dataclass, field
@@ -20,7 +19,8 @@ from .._progress import bars
 from ..channels import ColumnTopK
 from ..data import Dataset
 from .concepts import Concepts
-from .images import as_dataset, check_takes, maps_of, pooled_features
+from .config import check_numbers, check_whole
+from .images import Chosen, as_dataset, check_takes, maps_of, pooled_features
 from .losses import pure
 from .networks import SplitNetwork, compensate
 from .rotation import PARAMETRIZATIONS, Rotation
@@ -58,16 +58,10 @@ class EPICConfig:
     parametrization: str = "matrix_exp"
 
     def __post_init__(self) -> None:
-        for name in ("stages", "epochs", "most", "fewest", "batch"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; give a whole number, at least 1")
+        check_whole(self, 1, "stages", "epochs", "most", "fewest", "batch")
+        check_numbers(self, "lr", "decay")
         if self.fewest > self.most:
             raise ValueError(f"fewest is {self.fewest}, more than most, {self.most}")
-        for name in ("lr", "decay"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise ValueError(f"{name} is {value!r}; give a number, at least 0")
         if self.parametrization not in PARAMETRIZATIONS:
             raise ValueError(
                 f"parametrization is {self.parametrization!r}; choose one of {', '.join(PARAMETRIZATIONS)}"
@@ -94,9 +88,8 @@ class EPIC:
     ----------
     network : SplitNetwork
     rotation : Rotation
-    images : Dataset
-    ids : int64 Tensor of shape (k, C)
-        The images of largest mean of each rotated channel, largest first.
+    prototypes : Chosen
+        The images of largest mean of each rotated channel.
     config : EPICConfig
     history : list of dict
         A row a stage: "stage", "images" (of a channel), "purity" (mean over its pairs, while it learned), "seconds".
@@ -104,18 +97,9 @@ class EPIC:
 
     network: SplitNetwork
     rotation: Rotation
-    images: Dataset
-    ids: Tensor
+    prototypes: Chosen
     config: EPICConfig
     history: list[dict[str, float]] = field(default_factory=list)
-
-    def prototypes(self, channel: int, count: int, seed: int = 0) -> Tensor:
-        """The `count` images (count, c, H, W) that show a channel most; nothing is drawn."""
-        if not 0 <= channel < self.network.channels:
-            raise IndexError(f"channel is {channel}; the network has 0 to {self.network.channels - 1}")
-        if count > len(self.ids):
-            raise ValueError(f"count is {count}; {len(self.ids)} images of a channel are kept")
-        return self.images.take(self.ids[:count, channel])
 
     @torch.no_grad()
     def concepts(self) -> Concepts:
@@ -128,7 +112,7 @@ class EPIC:
         """Writes rotation, choice of images and settings into a folder; network and images have files of their own."""
         folder = Path(folder)
         state = {f"rotation.{name}": value.detach().cpu() for name, value in self.rotation.state_dict().items()}
-        _weights.write(folder / WEIGHTS, _FORMAT, {**state, "ids": self.ids}, {"images": self.images.digest()})
+        _weights.write(folder / WEIGHTS, _FORMAT, {**state, "ids": self.prototypes.ids}, self.prototypes.about())
         with replacing(folder / CONFIG) as file:  # last: with it the folder is complete
             content = {"format": _FORMAT, "config": dataclasses.asdict(self.config), "history": self.history}
             file.write(json.dumps({**content, "about": about}, indent=1).encode())
@@ -146,15 +130,13 @@ class EPIC:
         folder, images = Path(folder), as_dataset(images)
         state, about = _weights.read(folder / WEIGHTS, _FORMAT, wrong="holds no rotation of EPIC")
         content = json.loads((folder / CONFIG).read_bytes())
-        if about["images"] != images.digest():
-            raise ValueError(f"{folder} is of other images than {images.source}; give those that it was trained on")
+        prototypes = Chosen.of(images, state.pop("ids"), about, folder)
         config = EPICConfig(**content["config"])
-        if state["ids"].shape[1] != network.channels:
-            raise ValueError(f"{folder} is of {state['ids'].shape[1]} channels, and the network has {network.channels}")
+        if (channels := prototypes.ids.shape[1]) != network.channels:
+            raise ValueError(f"{folder} is of {channels} channels, and the network has {network.channels}")
         rotation = Rotation(network.channels, parametrization=config.parametrization)
-        ids = state.pop("ids")
         rotation.load_state_dict({name.removeprefix("rotation."): value for name, value in state.items()})
-        return cls(network, rotation.to(network.weight.device), images, ids, config, content["history"])
+        return cls(network, rotation.to(network.weight.device), prototypes, config, content["history"])
 
 
 def train_epic(
@@ -228,7 +210,7 @@ def train_epic(
             history.append(row)
             advance(1, f"purity {mean:.3f}")
     ids = strongest(pooled, rotation().detach().cpu(), kept)
-    return EPIC(network, rotation, images, ids, config, history)
+    return EPIC(network, rotation, Chosen(images, ids), config, history)
 
 
 def strongest(pooled: Tensor, matrix: Tensor, count: int) -> Tensor:

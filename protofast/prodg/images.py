@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -51,3 +53,38 @@ def maps_of(network: SplitNetwork, images: Dataset, ids: Tensor) -> Iterator[Ten
     """Feature maps (b, C, h, w) of the images `ids`, in batches, on the network's device."""
     for part in ids.split(BATCH):
         yield network.maps(images.take(part).to(network.weight.device))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Prototypes that are real images: ``chosen(channel, count)``; nothing is drawn.
+
+    Attributes
+    ----------
+    images : Dataset
+    ids : int64 Tensor of shape (k, C)
+        For each channel the images that show it most, largest first.
+    """
+
+    images: Dataset
+    ids: Tensor
+
+    def __call__(self, channel: int, count: int, seed: int = 0) -> Tensor:
+        """(count, c, H, W) in [0, 1]."""
+        kept, channels = self.ids.shape
+        if not 0 <= channel < channels:
+            raise IndexError(f"channel is {channel}; the network has 0 to {channels - 1}")
+        if not 1 <= count <= kept:
+            raise ValueError(f"count is {count}; give 1 to {kept}, the images that are kept of a channel")
+        return self.images.take(self.ids[:count, channel])
+
+    def about(self) -> dict[str, str]:
+        """What a file says of the images, for `of`."""
+        return {"images": self.images.digest()}
+
+    @classmethod
+    def of(cls, images: Dataset, ids: Tensor, about: Mapping[str, str], folder: str | os.PathLike[str]) -> Chosen:
+        """Those of a file; raises ValueError where the images are others."""
+        if about["images"] != images.digest():
+            raise ValueError(f"{folder} is of other images than {images.source}; give those that it was trained on")
+        return cls(images, ids)

@@ -20,7 +20,8 @@ from .._progress import bars
 from ..channels import ColumnTopK, rotate_and_pool
 from ..data import Dataset
 from .concepts import Concepts
-from .images import BATCH, as_dataset, check_takes
+from .config import check_numbers, check_whole
+from .images import BATCH, Chosen, as_dataset, check_takes
 from .networks import SplitNetwork
 from .rotation import Rotation
 
@@ -52,10 +53,8 @@ class InfoDisentConfig:
     def __post_init__(self) -> None:
         if self.parametrization == "invertible":
             raise ValueError("parametrization is 'invertible'; choose 'matrix_exp', 'cayley' or 'orthogonal'")
-        for name in ("epochs", "batch"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; give a whole number, at least 1")
+        check_whole(self, 1, "epochs", "batch")
+        check_numbers(self, "rotation_lr", "head_lr", "sparsity")
 
 
 INFODISENT_PRESETS = {"paper": InfoDisentConfig(), "cpu": InfoDisentConfig(parametrization="cayley")}
@@ -71,8 +70,7 @@ class InfoDisent:
     rotation : Rotation
     weight : Tensor of shape (N, C)
         Not negative.
-    images : Dataset
-    ids : int64 Tensor of shape (k, C)
+    prototypes : Chosen
         The images of largest signed maximum of each rotated channel.
     config : InfoDisentConfig
     history : list of dict
@@ -82,18 +80,9 @@ class InfoDisent:
     network: SplitNetwork
     rotation: Rotation
     weight: Tensor
-    images: Dataset
-    ids: Tensor
+    prototypes: Chosen
     config: InfoDisentConfig
     history: list[dict[str, float]] = field(default_factory=list)
-
-    def prototypes(self, channel: int, count: int, seed: int = 0) -> Tensor:
-        """The `count` images (count, c, H, W) that show a channel most; nothing is drawn."""
-        if not 0 <= channel < self.network.channels:
-            raise IndexError(f"channel is {channel}; the network has 0 to {self.network.channels - 1}")
-        if count > len(self.ids):
-            raise ValueError(f"count is {count}; {len(self.ids)} images of a channel are kept")
-        return self.images.take(self.ids[:count, channel])
 
     @torch.no_grad()
     def concepts(self) -> Concepts:
@@ -106,8 +95,8 @@ class InfoDisent:
         """Writes rotation, head, choice of images and settings into a folder."""
         folder = Path(folder)
         state = {f"rotation.{name}": value.detach().cpu() for name, value in self.rotation.state_dict().items()}
-        state |= {"ids": self.ids, "weight": self.weight.cpu()}
-        _weights.write(folder / WEIGHTS, _FORMAT, state, {"images": self.images.digest()})
+        state |= {"ids": self.prototypes.ids, "weight": self.weight.cpu()}
+        _weights.write(folder / WEIGHTS, _FORMAT, state, self.prototypes.about())
         with replacing(folder / CONFIG) as file:  # last: with it the folder is complete
             content = {"format": _FORMAT, "config": dataclasses.asdict(self.config), "history": self.history}
             file.write(json.dumps({**content, "about": about}, indent=1).encode())
@@ -125,8 +114,7 @@ class InfoDisent:
         folder, images = Path(folder), as_dataset(images)
         state, about = _weights.read(folder / WEIGHTS, _FORMAT, wrong="holds no head of InfoDisent")
         content = json.loads((folder / CONFIG).read_bytes())
-        if about["images"] != images.digest():
-            raise ValueError(f"{folder} is of other images than {images.source}; give those that it was trained on")
+        prototypes = Chosen.of(images, state.pop("ids"), about, folder)
         if state["weight"].shape != network.weight.shape:
             raise ValueError(
                 f"{folder} is of a head {tuple(state['weight'].shape)}, and the network has "
@@ -134,10 +122,10 @@ class InfoDisent:
             )
         config = InfoDisentConfig(**content["config"])
         rotation = Rotation(network.channels, parametrization=config.parametrization)
-        ids, weight = state.pop("ids"), state.pop("weight")
+        weight = state.pop("weight")
         rotation.load_state_dict({name.removeprefix("rotation."): value for name, value in state.items()})
         device = network.weight.device
-        return cls(network, rotation.to(device), weight.to(device), images, ids, config, content["history"])
+        return cls(network, rotation.to(device), weight.to(device), prototypes, config, content["history"])
 
 
 def train_infodisent(
@@ -222,4 +210,4 @@ def train_infodisent(
                 top.update(rotate_and_pool(network.maps(batch.to(device)), matrix, pool="signed_max").value.cpu(), at)
                 at += len(batch)
                 advance(len(batch))
-    return InfoDisent(network, rotation, head.detach().relu(), images, top.indices, config, history)
+    return InfoDisent(network, rotation, head.detach().relu(), Chosen(images, top.indices), config, history)
