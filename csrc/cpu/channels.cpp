@@ -12,6 +12,8 @@
 namespace protofast {
 namespace {
 
+constexpr int64_t PURITY_RUN = 256;  // pixels whose lanes stay in a core's first cache
+
 // The gradients of a pair are scale·(u − pull·f) to the pixel f, and scale·f to the row u.
 struct PurityFactor {
   double scale, pull;

@@ -17,16 +17,23 @@ INLINE double dot(const double* a, const double* b, int64_t count) {
   return sum<double, 8>(total);
 }
 
-// u·f of eight pixels in a run.
+// u·f of up to PURITY_RUN pixels in a run, in groups of eight at `from`, `from` + 8, …, of which the last is at `last`.
+// The results lie in `lanes` as the groups do; where the last begins there is returned. The map is read once, in order.
 template <class T>
-INLINE Eight eight_pixels(const T* x, int64_t channel, const double* u, int64_t channels) {
-  Eight lane[8] = {};
-  int64_t c = 0;
-  for (; c + 8 <= channels; c += 8)
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) lane[i] += broadcast<Eight>(u[c + i]) * eight(x + (c + i) * channel);
-  for (int i = 0; c + i < channels; ++i) lane[i] += broadcast<Eight>(u[c + i]) * eight(x + (c + i) * channel);
-  return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+INLINE int64_t run_of_pixels(const T* x, int64_t channel, const double* u, int64_t channels, int64_t from, int64_t last,
+                             double* lanes) {
+  const int64_t whole = (last - from + 7) / 8 * 8, width = whole + 8;
+  std::fill_n(lanes, 8 * width, 0.0);
+  for (int64_t c = 0; c < channels; ++c) {
+    const T* const row = x + c * channel;
+    double* const lane = lanes + c % 8 * width;
+    const Eight by = broadcast<Eight>(u[c]);
+    for (int64_t p = 0; p < whole; p += 8) keep(lane + p, eight(lane + p) + by * eight(row + from + p));
+    keep(lane + whole, eight(lane + whole) + by * eight(row + last));
+  }
+  for (int64_t half = 4; half; half /= 2)
+    for (int64_t i = 0; i < half * width; i += 8) keep(lanes + i, eight(lanes + i) + eight(lanes + i + half * width));
+  return whole;
 }
 
 template <class T>
@@ -56,19 +63,28 @@ class ChannelRows {
       for (int64_t p = 0; p < of_.pixels; ++p) offer(dot(u, pixel(pair, p), of_.channels), p);
       return best;
     }
+    double* const lanes = aligned(8 * (std::min(of_.pixels, PURITY_RUN) + 8));
     for (int64_t p = 0; p < of_.pixels;) {
       const int64_t from = std::min(p, of_.pixels - 8);  // the last eight may be met before
-      const Eight z = eight_pixels(x + from, of_.x.channel, u, of_.channels);
-      for (; p < from + 8; ++p) offer(z[p - from], p);
+      const int64_t end = std::min(from + PURITY_RUN, of_.pixels);
+      const int64_t last = end - 8;
+      const int64_t whole = run_of_pixels(x, of_.x.channel, u, of_.channels, from, last, lanes);
+      for (; p < end; ++p) offer(lanes[p < from + whole ? p - from : whole + p - last], p);
     }
     return best;
   }
 
  private:
+  // So many numbers, the first of them where a vector register's worth begins.
+  double* aligned(size_t count) {
+    lanes_.resize(count + 8);
+    return lanes_.data() + (64 - reinterpret_cast<uintptr_t>(lanes_.data()) % 64) % 64 / sizeof(double);
+  }
   size_t padded() const { return (of_.channels + 7) / 8 * 8; }
 
   const ChannelPairs& of_;
   std::vector<double> u_, f_;  // of zeros beyond the channels
+  std::vector<double> lanes_;
 };
 
 template <class T>
