@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ._files import replacing
@@ -61,7 +62,7 @@ def place(cache: bool | str | os.PathLike[str], name: str, settings: Any, images
 def _checksum(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(state):
-        digest.update(name.encode() + state[name].numpy().tobytes())
+        digest.update(name.encode() + state[name].reshape(-1).view(torch.uint8).numpy().tobytes())  # bfloat16 too
     return digest.hexdigest()
 
 

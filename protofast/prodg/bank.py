@@ -172,10 +172,7 @@ class PromptBank(nn.Module):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a .safetensors file that `load` reads, whole or not at all."""
         state = {name: value.detach().cpu() for name, value in self.state_dict().items()}
-        kind = str(self.anchor.dtype).removeprefix("torch.")
-        for name in ("anchor", "pooled_anchor"):  # bfloat16 has no checksum
-            state[name] = state[name].to(self.down.dtype)
-        about = {"channels": self.channels, "rank": self.down.shape[2], "anchor": kind}
+        about = {"channels": self.channels, "rank": self.down.shape[2]}
         _weights.write(path, _FORMAT, state, {"about": json.dumps(about)})
 
     @classmethod
@@ -185,8 +182,6 @@ class PromptBank(nn.Module):
             path, _FORMAT, wrong="holds no prompt bank; give one that `protofast prodg train` wrote"
         )
         about = json.loads(found["about"])
-        for name in ("anchor", "pooled_anchor"):
-            state[name] = state[name].to(getattr(torch, about["anchor"]))
         bank = cls(about["channels"], state["anchor"], state["pooled_anchor"], rank=about["rank"])
         bank.load_state_dict(state)
         return bank

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from ..channels import channel_heat_map
 from ..data import Dataset
 from .concepts import Concepts
 from .epic import strongest
-from .images import as_dataset, check_takes, maps_of, pooled_features
+from .images import BATCH, as_dataset, check_takes, maps_of, pooled_features
 from .losses import diversity_loss, pure
 from .networks import SplitNetwork
 
@@ -51,7 +51,6 @@ class Agreement(NamedTuple):
     random: float
 
 
-@torch.no_grad()
 def prototype_purity(concepts: Concepts, *, count: int = 5, seed: int = 0, matrix: Tensor | None = None) -> Tensor:
     """Channel purity of `count` prototypes of every channel: (C, count), on the CPU.
 
@@ -64,24 +63,30 @@ def prototype_purity(concepts: Concepts, *, count: int = 5, seed: int = 0, matri
     matrix : Tensor of shape (C, C), optional
         Another basis, such as the identity, to see the same images in.
     """
-    return torch.stack([purity for purity, _ in _of_prototypes(concepts, count, seed, matrix)])
+    return _see_prototypes(concepts, count, seed, [concepts.matrix if matrix is None else matrix])[0][0]
+
+
+def prototype_similarity(concepts: Concepts, *, count: int = 5, seed: int = 0) -> float:
+    """Mean cosine between pooled features of a channel's prototypes, over all channels: lower is more diverse."""
+    return _see_prototypes(concepts, count, seed, [])[1]
 
 
 @torch.no_grad()
-def prototype_similarity(concepts: Concepts, *, count: int = 5, seed: int = 0) -> float:
-    """Mean cosine between pooled features of a channel's prototypes, over all channels: lower is more diverse."""
-    found = [diversity_loss(maps, count) for _, maps in _of_prototypes(concepts, count, seed, None)]
-    return float(torch.stack(found).mean())
-
-
-def _of_prototypes(concepts: Concepts, count: int, seed: int, matrix: Tensor | None) -> Any:
-    basis = concepts.matrix if matrix is None else matrix.to(concepts.matrix)
-    square = _is_orthogonal(basis)
-    for channel in range(concepts.network.channels):
-        images = concepts.prototypes(channel, count, seed)
-        maps = concepts.network.maps(images.to(basis.device))
-        purity = pure(maps, basis, torch.full((len(maps),), channel, device=basis.device), orthogonal=square)
-        yield purity.clamp(min=0).cpu(), maps
+def _see_prototypes(
+    concepts: Concepts, count: int, seed: int, matrices: Sequence[Tensor]
+) -> tuple[list[Tensor], float]:
+    """Of all prototypes, made once: purities (C, count) in each basis, and the similarity."""
+    bases = [(matrix.to(concepts.matrix), _is_orthogonal(matrix)) for matrix in matrices]
+    found: list[list[Tensor]] = [[] for _ in bases]
+    similar = []
+    for channels in torch.arange(concepts.network.channels).split(max(1, BATCH // count)):
+        images = torch.cat([concepts.prototypes(channel, count, seed) for channel in channels.tolist()])
+        maps = concepts.network.maps(images.to(concepts.matrix.device))
+        similar.append(diversity_loss(maps, count) * len(channels))
+        of = channels.repeat_interleave(count).to(maps.device)
+        for (matrix, orthogonal), kept in zip(bases, found, strict=True):
+            kept.append(pure(maps, matrix, of, orthogonal=orthogonal).clamp(min=0).cpu().unflatten(0, (-1, count)))
+    return [torch.cat(kept) for kept in found], float(torch.stack(similar).sum()) / concepts.network.channels
 
 
 def _is_orthogonal(matrix: Tensor) -> bool:
@@ -294,13 +299,12 @@ def evaluate(
     top = min(top, concepts.network.channels)
     found: dict[str, float] = {}
     with bars(progress) as bar:
-        advance = bar("evaluation", 7, 0)
-        found["prototype_purity"] = float(prototype_purity(concepts, count=count, seed=seed).mean())
-        before = prototype_purity(concepts, count=count, seed=seed, matrix=one)
-        found["prototype_purity_before"] = float(before.mean())
-        advance(1)
+        advance = bar("evaluation", 6, 0)
+        purities, similarity = _see_prototypes(concepts, count, seed, [concepts.matrix, one])
+        for name, purity in zip(("prototype_purity", "prototype_purity_before"), purities, strict=True):
+            found[name] = float(purity.mean())
         if count > 1:
-            found["prototype_similarity"] = prototype_similarity(concepts, count=count, seed=seed)
+            found["prototype_similarity"] = similarity
         advance(1)
         pooled = pooled_features(concepts.network, images)
         for name, matrix in (("", concepts.matrix), ("_before", one)):

@@ -57,7 +57,7 @@ class InfoDisentConfig:
         check_numbers(self, "rotation_lr", "head_lr", "sparsity")
 
 
-INFODISENT_PRESETS = {"paper": InfoDisentConfig(), "cpu": InfoDisentConfig(parametrization="cayley")}
+INFODISENT_PRESETS = {"paper": InfoDisentConfig(), "cpu": InfoDisentConfig(epochs=2, parametrization="cayley")}
 
 
 @dataclass
@@ -197,7 +197,7 @@ def train_infodisent(
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                losses += float(loss) * len(ids)
+                losses += float(loss.detach()) * len(ids)
                 right += int((logits.argmax(1) == wanted).sum())
                 advance(len(ids))
             row = {"epoch": epoch, "loss": losses / len(images), "accuracy": right / len(images)}

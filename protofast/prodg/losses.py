@@ -88,6 +88,8 @@ def diversity_loss(maps: Tensor, repeats: int) -> Tensor:
     >>> diversity_loss(torch.ones(4, 3, 2, 2), 2)
     tensor(1.0000)
     """
+    if len(maps) % repeats:
+        raise ValueError(f"repeats is {repeats}, of {len(maps)} maps; give a number that divides them")
     if repeats < 2:
         return maps.new_zeros(())
     unit = F.normalize(maps.flatten(2).mean(2), dim=1).unflatten(0, (-1, repeats))

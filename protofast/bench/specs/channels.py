@@ -221,7 +221,10 @@ def _pool_limit(inputs: Any) -> Call:
 POOL = Spec(
     op="rotate_and_pool",
     about="each rotated channel over space: its sum (EPIC's score), or its largest value",
-    cases=tuple(_pool_case(c, pool) for pool in ("sum", "max") for c in _CHANNELS),
+    cases=(
+        *(_pool_case(c, pool) for pool in ("sum", "max") for c in _CHANNELS),
+        *(_pool_case(c, "sum", 128) for c in _CHANNELS),  # a batch of a data set, as EPIC scores it
+    ),
     tiny=(_pool_case(12, "sum", 3, 4), _pool_case(12, "max", 3, 4)),
     inputs=_inputs,
     contenders={
@@ -236,7 +239,7 @@ POOL = Spec(
     limits={"copy of the inputs, or a matmul": _pool_limit},
     bytes=_bytes,
     flops=_pool_flops,
-    targets=tuple(Target(f"sum 8x{c}x7x7", f"{OURS} reference", "papers", 20) for c in _CHANNELS),
+    targets=tuple(Target(f"sum {b}x{c}x7x7", f"{OURS} reference", "papers", 20) for b in (8, 128) for c in _CHANNELS),
 )
 
 
